@@ -1,0 +1,6 @@
+"""Puts the repository's root on the import path, so that tests find `train` and `tests` without an installation."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

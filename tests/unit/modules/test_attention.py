@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from train.modules.attention import Segments, llm_attention, varlen_attention
+
+CPU = torch.device("cpu")
+
+
+def random_heads(tokens: int, heads: int, dim: int = 8) -> torch.Tensor:
+    return torch.randn(tokens, heads, dim)
+
+
+def test_segments_know_their_lengths_on_both_sides():
+    segments = Segments.of([3, 1, 2], CPU)
+    assert segments.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert segments.cu_seqlens.dtype == torch.int32
+    assert segments.longest == 3
+    assert Segments.of_cu_seqlens(segments.cu_seqlens, CPU).lengths == (3, 1, 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_equals_dense_attention_under_a_block_mask(causal, kv_heads):
+    torch.manual_seed(0)
+    lengths = [5, 3, 5, 1, 3]
+    q, k, v = random_heads(17, 4), random_heads(17, kv_heads), random_heads(17, kv_heads)
+    sample = torch.arange(5).repeat_interleave(torch.tensor(lengths))
+    mask = sample[:, None] == sample
+    if causal:
+        mask &= torch.arange(17)[:, None] >= torch.arange(17)
+    dense = scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask, enable_gqa=True, scale=0.3
+    ).transpose(0, 1)
+    out = varlen_attention(q, k, v, Segments.of(lengths, CPU), causal=causal, scale=0.3)
+    torch.testing.assert_close(out, dense)
+
+
+def test_queries_and_keys_may_differ_in_length():
+    torch.manual_seed(0)
+    q, k, v = random_heads(4, 2), random_heads(9, 2), random_heads(9, 2)
+    out = varlen_attention(q, k, v, Segments.of([2, 2], CPU), Segments.of([6, 3], CPU))
+    second = scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q[2:], k[6:], v[6:]))).transpose(0, 1)
+    torch.testing.assert_close(out[2:], second)
+
+
+@pytest.mark.parametrize("length", [1, 7, 40, 200])
+def test_a_segment_alone_gives_the_same_bits(length):
+    torch.manual_seed(0)
+    lengths = [3, length, length, 90, length]
+    total = sum(lengths)
+    q, k, v = random_heads(total, 4), random_heads(total, 2), random_heads(total, 2)
+    packed = varlen_attention(q, k, v, Segments.of(lengths, CPU), causal=True).split(lengths)
+    for n in (1, 2, 4):
+        own = [x.split(lengths)[n] for x in (q, k, v)]
+        assert torch.equal(packed[n], varlen_attention(*own, Segments.of([length], CPU), causal=True))
+
+
+def test_autocast_decides_the_dtype():
+    q = random_heads(4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert varlen_attention(q, q, q, Segments.of([4], CPU)).dtype == torch.bfloat16
+
+
+def test_without_segments_it_is_sdpa_with_a_mask():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 6, 8) for _ in range(3))
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    mask[0, :, :, 0] = False
+    mask[0, :, 0, 0] = True
+    out, _ = llm_attention(nn.Module(), q, k, v, mask, scaling=0.5)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5).transpose(1, 2)
+    assert torch.equal(out, expected)

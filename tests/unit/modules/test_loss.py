@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from train.modules.loss import token_losses
+
+
+def inputs(tokens: int = 7, hidden_grad: bool = True, weight_grad: bool = True):
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, 16, requires_grad=hidden_grad)
+    weight = torch.randn(40, 16, requires_grad=weight_grad)
+    return hidden, weight, torch.randint(0, 40, (tokens,)), torch.rand(tokens)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_equals_cross_entropy_with_its_gradients(chunk):
+    hidden, weight, targets, weights = inputs()
+    expected = cross_entropy(linear(hidden, weight), targets, reduction="none")
+    expected_grads = torch.autograd.grad((expected * weights).sum(), (hidden, weight))
+    losses = token_losses(hidden, weight, targets, chunk=chunk)
+    grads = torch.autograd.grad((losses * weights).sum(), (hidden, weight))
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_a_uniform_head_costs_the_logarithm_of_its_words():
+    losses = token_losses(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([0, 7]))
+    torch.testing.assert_close(losses, torch.tensor([2.0794415, 2.0794415]))
+
+
+@pytest.mark.parametrize(("hidden_grad", "weight_grad"), [(True, False), (False, True)])
+def test_what_is_frozen_gets_no_gradient(hidden_grad, weight_grad):
+    hidden, weight, targets, _ = inputs(hidden_grad=hidden_grad, weight_grad=weight_grad)
+    token_losses(hidden, weight, targets).sum().backward()
+    assert (hidden.grad is not None) == hidden_grad
+    assert (weight.grad is not None) == weight_grad
+
+
+def test_no_tokens_give_zero_gradients():
+    hidden, weight, targets, _ = inputs(tokens=0)
+    token_losses(hidden, weight, targets).sum().backward()
+    assert hidden.grad.shape == (0, 16)
+    assert torch.equal(weight.grad, torch.zeros(40, 16))
+
+
+def test_bfloat16_sums_in_float32():
+    hidden, weight, targets, _ = inputs(tokens=64)
+    exact = cross_entropy(linear(hidden, weight), targets, reduction="none")
+    half_hidden, half_weight = (x.detach().bfloat16().requires_grad_() for x in (hidden, weight))
+    losses = token_losses(half_hidden, half_weight, targets, chunk=8)
+    losses.sum().backward()
+    assert losses.dtype == torch.float32
+    assert half_weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(losses, exact, atol=0.1, rtol=0.02)
+    (expected,) = torch.autograd.grad(exact.sum(), weight)
+    assert (half_weight.grad - expected).norm() / expected.norm() < 0.02
+
+
+def test_autocast_decides_the_dtype_of_the_products():
+    hidden, weight, targets, _ = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = token_losses(hidden, weight, targets)
+    half = token_losses(hidden.bfloat16(), weight.bfloat16(), targets)
+    assert torch.equal(losses, half)
+    losses.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def test_logits_are_never_held_all_at_once():
+    hidden, weight, targets, _ = inputs(tokens=50)
+    rows_of_logits = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[1:] == (40,) and len(out) != 16:  # 16: the head itself
+                rows_of_logits.add(len(out))
+            return out
+
+    with Watch():
+        token_losses(hidden, weight, targets, chunk=5).sum().backward()
+    assert rows_of_logits == {5}

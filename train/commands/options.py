@@ -1,0 +1,39 @@
+"""Hydra: the schema, the recipes, and the way from command-line words to typed options."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from train.config import Options
+from train.errors import ConfigError
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def register() -> None:
+    """Make the typed schema and every file of recipes/ known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="options", node=Options)
+    for file in sorted(RECIPES.glob("**/*.yaml")):
+        name = file.relative_to(RECIPES).with_suffix("").as_posix()
+        store.store(group="recipe", name=name, package="_global_", node=OmegaConf.load(file))
+
+
+def typed(config: DictConfig) -> tuple[Options, dict[str, Any]]:
+    """The composed options as dataclasses, and as plain values."""
+    options = OmegaConf.to_object(config)
+    assert isinstance(options, Options)
+    resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    assert isinstance(resolved, dict)
+    return options, {str(name): value for name, value in resolved.items()}
+
+
+def compose_options(overrides: list[str]) -> tuple[Options, dict[str, Any]]:
+    """The options that the same words would give on training's command line."""
+    register()
+    with initialize_config_module("train.configs", version_base="1.3"):
+        return typed(compose("config", overrides=overrides))

@@ -1,0 +1,239 @@
+"""Every option, with its unit and default. Hydra checks names and types against these classes;
+`checks.py` holds the rules between options.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj")
+"""The parts of an omni model that learn or rest apart from each other."""
+
+
+class Init(StrEnum):
+    pretrained = "pretrained"
+    random = "random"
+
+
+class TooLong(StrEnum):
+    quarantine = "quarantine"
+    cut_text = "cut_text"
+
+
+class LongAudio(StrEnum):
+    quarantine = "quarantine"
+    cut = "cut"
+
+
+class Precision(StrEnum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Schedule(StrEnum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Engine(StrEnum):
+    none = "none"
+    ddp = "ddp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    zero2_offload = "zero2_offload"
+    zero3_offload = "zero3_offload"
+
+
+class Tracker(StrEnum):
+    none = "none"
+    wandb = "wandb"
+
+
+@dataclass
+class ModelOptions:
+    path: str | None = None
+    """Model folder: config.json, tokenizer, preprocessor settings and (unless `init=random`) weights."""
+    init: Init = Init.pretrained
+    """`pretrained` loads the folder's weights; `random` draws them from `run.seed`."""
+
+
+@dataclass
+class SourceOptions:
+    path: str = ""
+    """A file of records: JSON lines, a JSON list or parquet."""
+    root: str | None = None
+    """Folder that media paths are relative to, and may not leave; null = the file's own folder."""
+    weight: float = 1.0
+    """How often an epoch takes each record: 1 = once, 0.5 = a fresh half every epoch, 2 = twice."""
+    name: str | None = None
+    """Name in the metrics (`loss/<name>`); null = the file's name without its ending."""
+    format: str = "auto"
+    """`auto` (by what stands in the file), `jsonl`, `json` or `parquet`."""
+
+
+@dataclass
+class DataOptions:
+    train: list[SourceOptions] = field(default_factory=list)
+    """Sources to learn from."""
+    eval: list[SourceOptions] = field(default_factory=list)
+    """Held-out sources; empty = no evaluation."""
+    max_tokens: int = 4096
+    """Tokens in a pack, media places included; no record may be longer (see `too_long`)."""
+    max_patches: int = 32768
+    """Picture patches in a pack, which bounds the vision tower's memory."""
+    max_frames: int = 24000
+    """Mel frames (10 ms each) in a pack, which bounds the audio tower's memory."""
+    too_long: TooLong = TooLong.quarantine
+    """What becomes of a record over `max_tokens`: set aside, or its text shortened from the end."""
+    long_audio: LongAudio = LongAudio.quarantine
+    """What becomes of a recording over 30 s: its record set aside, or the recording cut at 30 s."""
+    system_prompt: str | None = None
+    """System turn put before records that have none; null = the model family's own; "" = none."""
+    max_bad_fraction: float = 0.05
+    """The run stops once more than this share of the records was quarantined."""
+    workers: int = 2
+    """Processes that decode ahead, per rank; 0 = decode in the training process."""
+    prefetch: int = 4
+    """Steps that each worker keeps ready."""
+
+
+@dataclass
+class ModuleRates:
+    vision_encoder: float = 1e-6
+    vision_proj: float = 1e-6
+    llm: float = 1e-6
+    audio_encoder: float = 1e-6
+    audio_proj: float = 1e-6
+
+
+@dataclass
+class ModulesOptions:
+    tune_vision_encoder: bool = True
+    """SigLIP tower."""
+    tune_vision_proj: bool = True
+    """Resampler."""
+    tune_llm: bool = True
+    """Language model, embedding and head included."""
+    tune_audio_encoder: bool = True
+    """Whisper-style tower (its position table is never trained)."""
+    tune_audio_proj: bool = True
+    """Projection into the language model, begin and end embeddings."""
+    lr: ModuleRates = field(default_factory=ModuleRates)
+    """Peak learning rate of each module."""
+
+
+@dataclass
+class LoraOptions:
+    modules: list[str] = field(default_factory=list)
+    """Modules whose tuning goes through adapters, the rest of the tuned ones learn in full; empty = no LoRA."""
+    rank: int = 16
+    alpha: float = 32.0
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout probability in front of each adapter."""
+    targets: dict[str, list[str]] = field(default_factory=dict)
+    """Linear layers to adapt, by module; a module that is not named here takes its family's usual ones."""
+    lr: float = 1e-4
+    """Peak learning rate of the adapters."""
+
+
+@dataclass
+class EngineOptions:
+    name: Engine = Engine.ddp
+    """How ranks share the work; set by the `engine` group."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Entries merged last into the DeepSpeed configuration."""
+
+
+@dataclass
+class OptimOptions:
+    schedule: Schedule = Schedule.cosine
+    """Shape of the learning rate after the warm-up."""
+    warmup_ratio: float = 0.01
+    """Share of the steps in which the rate rises linearly from 0."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate as a share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """AdamW's decay, on matrices only (not on norms, biases, embeddings of positions)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 = no clipping."""
+
+
+@dataclass
+class RunOptions:
+    name: str = "default"
+    """Name of the recipe, and of the folder under outputs/."""
+    dir: str = "outputs/default"
+    """Folder of the run."""
+    seed: int = 0
+    epochs: int = 1
+    """Passes over the training sources."""
+    max_steps: int | None = None
+    """Optimizer steps at most; null = `epochs` decides alone."""
+    packs_per_step: int = 8
+    """Packs in an optimizer step over all ranks: the global batch, whatever the number of ranks."""
+    save_every: int = 500
+    """Optimizer steps between checkpoints; 0 = only at the end."""
+    keep_last: int = 2
+    """Newest checkpoints kept; 0 = all."""
+    eval_every: int = 500
+    """Optimizer steps between evaluations; 0 = only before the first step and after the last."""
+    resume: str = "auto"
+    """`auto` = go on from the newest checkpoint in `run.dir`; `never`; or a checkpoint's path."""
+    precision: Precision = Precision.bf16
+    """Precision of the computation; masters and moments are float32 always."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the rest again in the backward: less memory, a third more work."""
+    deterministic: bool = False
+    """Refuse CUDA operations whose result varies from run to run."""
+    threads: int = 0
+    """CPU threads of each rank's tensor operations; 0 = cores of the machine divided by its ranks."""
+
+
+@dataclass
+class EvalOptions:
+    before_training: bool = True
+    """Evaluate before the first step too."""
+    max_records: int = 0
+    """Held-out records to evaluate, spread evenly; 0 = all."""
+    generate: bool = True
+    """Answer the last turn of each held-out record and compare (exact match)."""
+    max_new_tokens: int = 64
+    """Tokens an answer may have."""
+    batch_size: int = 32
+    """Answers generated at a time, per rank."""
+
+
+@dataclass
+class TrackerOptions:
+    name: Tracker = Tracker.wandb
+    """Set by the `tracker` group."""
+    project: str = "omnitune"
+    """W&B project."""
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DebugOptions:
+    one_batch: bool = False
+    """Train on the first step's packs again and again: the loss must fall to nearly nothing."""
+    profile_steps: int = 0
+    """Steps (after the first two) whose torch profile is written to the run's folder as trace.json."""
+
+
+@dataclass
+class Options:
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    modules: ModulesOptions = field(default_factory=ModulesOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    tracker: TrackerOptions = field(default_factory=TrackerOptions)
+    debug: DebugOptions = field(default_factory=DebugOptions)

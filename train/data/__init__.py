@@ -1,0 +1,1 @@
+"""From a line of a file to a sample: readers, records, pictures, audio, the chat template, the processor."""

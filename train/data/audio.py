@@ -1,0 +1,139 @@
+"""Recordings: their length from the header, their samples at 16 kHz, and log-mel frames.
+
+Soundfile decodes and soxr resamples everywhere, so that features do not differ between machines; PyAV reads
+what soundfile cannot, such as M4A.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from torch import Tensor
+from transformers import WhisperFeatureExtractor
+
+from train.errors import BadRecord
+from train.geometry import HOP, SAMPLE_RATE, clip_samples, mel_frames
+from train.schema import MediaSource
+
+# Named one by one, because some of FFmpeg's other formats are lists of further files and addresses.
+_AV_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,aac,matroska,webm,asf,amr,mp3,wav,ogg,flac"
+
+
+def clip_length(source: MediaSource) -> int:
+    """Samples at 16 kHz of a recording, from its header; BadRecord if it cannot be read."""
+    with _reading(source) as file:
+        try:
+            info = soundfile.info(file)
+            return clip_samples(info.frames / info.samplerate)
+        except soundfile.LibsndfileError:
+            with _opened_by_av(file) as (container, stream):
+                if stream.duration is not None:
+                    return clip_samples(float(stream.duration * stream.time_base))
+                if container.duration is None:
+                    raise BadRecord("its header gives no duration") from None
+                return clip_samples(container.duration / 1e6)
+
+
+def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray:
+    """The recording, mono at 16 kHz: float32 (samples,).
+
+    Args:
+        max_samples: decode no more than about this many samples (at 16 kHz); None decodes everything.
+
+    Raises:
+        BadRecord: if it cannot be decoded.
+    """
+    with _reading(source) as file:
+        try:
+            with soundfile.SoundFile(file) as sound:
+                rate = sound.samplerate
+                decoded = sound.read(_frames(max_samples, rate), dtype="float32", always_2d=True).mean(axis=1)
+        except soundfile.LibsndfileError:
+            decoded, rate = _decode_by_av(file, max_samples)
+        if not np.isfinite(decoded).all():
+            raise BadRecord("it holds samples that are not numbers")
+        return decoded if rate == SAMPLE_RATE else soxr.resample(decoded, rate, SAMPLE_RATE)
+
+
+def fit_clip(clip: np.ndarray, samples: int, tolerance: float) -> np.ndarray:
+    """The clip trimmed or padded with zeros to `samples`; BadRecord if `tolerance` seconds do not suffice."""
+    excess = len(clip) - samples
+    if abs(excess) > tolerance * SAMPLE_RATE:
+        raise BadRecord(
+            f"audio of {len(clip) / SAMPLE_RATE:.2f} s whose header says {samples / SAMPLE_RATE:.2f} s; "
+            "convert it to WAV or FLAC"
+        )
+    return clip[:samples] if excess >= 0 else np.pad(clip, (0, -excess))
+
+
+def log_mel(clip: np.ndarray, feature_extractor: WhisperFeatureExtractor) -> Tensor:
+    """Whisper's log-mel frames of a clip: float32 (B, F), F = mel_frames(samples), 10 ms each.
+
+    They are those of the clip padded to the extractor's 30 s, but without computing the silence.
+
+    Args:
+        clip: float32 (samples,), mono at 16 kHz, at most `feature_extractor.n_samples` of them.
+    """
+    # A frame reaches 200 samples to both sides, and the edge is mirrored: five hops of zeros leave every
+    # frame that touches the clip, and so the maximum over all frames, as they are before 30 s of zeros.
+    padded = np.zeros(min((len(clip) // HOP + 6) * HOP, feature_extractor.n_samples), np.float32)
+    padded[: len(clip)] = clip
+    features = feature_extractor(padded, sampling_rate=SAMPLE_RATE, padding="do_not_pad", return_tensors="np")
+    return torch.from_numpy(features["input_features"][0, :, : mel_frames(len(clip))].copy())
+
+
+def _frames(max_samples: int | None, rate: int) -> int:
+    """Frames to decode at `rate` for so many samples at 16 kHz, with a margin for the resampler; -1 = all."""
+    return -1 if max_samples is None else int((max_samples / SAMPLE_RATE + 0.5) * rate)
+
+
+@contextmanager
+def _reading(source: MediaSource) -> Iterator[Any]:
+    """The open file; whatever goes wrong with it becomes a BadRecord that names it."""
+    name = f"audio '{source}'" if isinstance(source, str) else "embedded audio"
+    try:
+        with open(source, "rb") if isinstance(source, str) else BytesIO(source) as file:  # noqa: PTH123
+            yield file
+    except BadRecord as fault:
+        raise BadRecord(f"{name}: {fault}; convert it to WAV or FLAC") from None
+    except Exception as error:  # decoders fail in many ways on broken files
+        raise BadRecord(f"{name} cannot be read ({error}); replace it by a valid WAV or FLAC") from None
+
+
+@contextmanager
+def _opened_by_av(file: Any) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and its first audio stream."""
+    try:
+        import av
+    except ImportError:
+        raise BadRecord(
+            "soundfile does not know its format, and PyAV, which may, is not installed (`pip install av`)"
+        ) from None
+    file.seek(0)
+    with av.open(file, options={"format_whitelist": _AV_FORMATS}) as container:
+        if not container.streams.audio:
+            raise BadRecord("it has no sound")
+        yield container, container.streams.audio[0]
+
+
+def _decode_by_av(file: Any, max_samples: int | None) -> tuple[np.ndarray, int]:
+    """Mono samples, float32, and their rate."""
+    with _opened_by_av(file) as (container, stream):
+        import av
+
+        to_planes = av.AudioResampler(format="fltp")
+        rate, limit = stream.rate, _frames(max_samples, stream.rate)
+        pieces, total = [], 0
+        for frame in container.decode(stream):
+            for planes in to_planes.resample(frame):
+                pieces.append(planes.to_ndarray().mean(axis=0))
+                total += planes.samples
+            if 0 <= limit <= total:
+                break
+    decoded = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+    return (decoded if limit < 0 else decoded[:limit]), rate

@@ -1,0 +1,133 @@
+"""Pictures: their size from the header, their pixels, and the patches that the vision tower sees."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch import Tensor
+
+from train.errors import BadRecord
+from train.geometry import PictureLayout, picture_layout
+from train.schema import MediaSource
+
+MAX_PIXELS = 2**26
+"""Largest picture that is decoded (67 megapixels, 200 MB as RGB)."""
+
+# Named one by one, because some of Pillow's other formats run external programs.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+_FLIPS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture of that EXIF orientation upright."""
+
+
+@dataclass(frozen=True, slots=True)
+class SliceSettings:
+    """How pictures are cut: cells of about `scale`² pixels in patches of `patch`², at most `max_slices`."""
+
+    max_slices: int = 9
+    scale: int = 448
+    patch: int = 14
+
+    def layout(self, width: int, height: int) -> PictureLayout:
+        """The layout of a picture of that many pixels."""
+        return picture_layout(width, height, scale=self.scale, patch=self.patch, max_slices=self.max_slices)
+
+
+def picture_size(source: MediaSource) -> tuple[int, int]:
+    """(width, height) in pixels of the upright picture, from its header; BadRecord if broken or too large."""
+    with _opened(source) as picture:
+        width, height = picture.size
+        return (height, width) if _orientation(picture) >= 5 else (width, height)
+
+
+def load_picture(source: MediaSource) -> Image.Image:
+    """The upright picture as RGB, transparency laid on white; BadRecord if it is broken or too large."""
+    with _opened(source) as picture:
+        orientation = _orientation(picture)
+        decoded = to_rgb(picture)
+        return decoded.transpose(_FLIPS[orientation]) if orientation in _FLIPS else decoded
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB, transparency laid on white."""
+    if picture.mode.startswith("I"):
+        deep = np.asarray(picture).clip(0, 2**16 - 1)
+        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def slices_of(picture: Image.Image, settings: SliceSettings) -> tuple[Tensor, Tensor]:
+    """The patches of the thumbnail, then of the cells row by row.
+
+    Args:
+        picture: RGB, upright.
+
+    Returns:
+        patches: uint8 (P, 3·patch²), each patch channel by channel, patches row by row in their slice.
+        slice_sizes: int64 (S, 2), height and width of each slice in patches.
+    """
+    layout, patch = settings.layout(*picture.size), settings.patch
+    columns, rows = layout.grid
+    patches = [_patches(picture, layout.thumbnail, (1, 1), patch)]
+    sizes = [layout.thumbnail]
+    if columns:
+        refined = (columns * layout.cell[0], rows * layout.cell[1])
+        patches.append(_patches(picture, refined, layout.grid, patch))
+        sizes += [layout.cell] * (columns * rows)
+    slice_sizes = torch.tensor([(height // patch, width // patch) for width, height in sizes])
+    return torch.from_numpy(np.concatenate(patches)), slice_sizes
+
+
+def _patches(picture: Image.Image, size: tuple[int, int], grid: tuple[int, int], patch: int) -> np.ndarray:
+    """The resized picture cut into a grid of cells, each into patches: uint8 (P, 3·patch²)."""
+    columns, rows = grid
+    pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    cells = pixels.reshape(
+        rows, size[1] // rows // patch, patch, columns, size[0] // columns // patch, patch, 3
+    )
+    # (row, y, patch y, column, x, patch x, channel) -> (row, column, y, x, channel, patch y, patch x)
+    return cells.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
+
+
+@contextmanager
+def _opened(source: MediaSource) -> Iterator[Image.Image]:
+    """The picture, its header read and its size checked; whatever goes wrong with it becomes a BadRecord."""
+    name = f"image '{source}'" if isinstance(source, str) else "embedded image"
+    try:
+        with Image.open(source if isinstance(source, str) else BytesIO(source), formats=_FORMATS) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise BadRecord(
+                    f"{name} has {width}x{height} pixels, more than the {MAX_PIXELS} allowed; scale it down"
+                )
+            yield picture
+    except BadRecord:
+        raise
+    except Exception as error:  # decoders fail in many ways on broken files
+        raise BadRecord(f"{name} cannot be read ({error}); replace it by a valid JPEG or PNG") from None
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8."""
+    # Asked for EXIF that its header lacks, Pillow decodes a whole PNG to search behind the pixels.
+    if picture.format == "PNG" and "exif" not in picture.info:
+        return 1
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata does not spoil the pixels
+        return 1

@@ -1,0 +1,117 @@
+"""Which records share a pack, in which order, and which rank computes which pack.
+
+Two pure functions. `plan_epoch` is a function of (lengths, weights, limits, seed, epoch);
+`assign` of (costs of a step's packs, world size). Neither knows of workers, ranks or stops.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+WINDOW = 2048
+"""Records that are packed together: large enough to fill packs, small enough that shuffling survives."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a pack may hold."""
+
+    tokens: int
+    patches: int
+    frames: int
+
+
+def choose_records(
+    records: Sequence[np.ndarray], weights: Sequence[float], rng: np.random.Generator
+) -> np.ndarray:
+    """Indices of an epoch's records, shuffled: each of source s's `records[s]` `weights[s]` times.
+
+    The whole part of a weight takes every record; the rest takes a fresh random share of them.
+    """
+    chosen = []
+    for of_source, weight in zip(records, weights, strict=True):
+        whole, rest = divmod(weight, 1)
+        chosen += [of_source] * int(whole)
+        chosen.append(rng.choice(of_source, size=round(rest * len(of_source)), replace=False))
+    order = np.concatenate(chosen)
+    rng.shuffle(order)
+    return order
+
+
+def plan_epoch(
+    lengths: np.ndarray,
+    records: Sequence[np.ndarray],
+    weights: Sequence[float],
+    limits: Limits,
+    *,
+    seed: int,
+    epoch: int,
+) -> list[list[int]]:
+    """The packs of an epoch in the order in which they are trained on.
+
+    lengths: int (records, 3): tokens, patches and mel frames of each record.
+    records: for each source, the indices of its usable records.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = choose_records(records, weights, rng)
+    packs: list[list[int]] = []
+    carried: list[int] = []
+    for start in range(0, len(order), WINDOW):
+        window = carried + order[start : start + WINDOW].tolist()
+        filled, carried = pack(window, lengths, limits, keep_open=start + WINDOW < len(order))
+        packs += [filled[i] for i in rng.permutation(len(filled))]
+    return packs
+
+
+def pack(
+    records: Sequence[int], lengths: np.ndarray, limits: Limits, *, keep_open: bool = False
+) -> tuple[list[list[int]], list[int]]:
+    """Best-fit-decreasing packs of the records, and the records left for the next window.
+
+    A record goes into the fullest pack that it fits. With `keep_open`, packs under 97 % of the
+    tokens are dissolved again, so that the next window can fill them.
+    """
+    size = {record: tuple(int(x) for x in lengths[record]) for record in records}
+    packs: list[list[int]] = []
+    room: list[list[int]] = []
+    by_room: list[tuple[int, int]] = []
+    for record in sorted(records, key=lambda record: size[record], reverse=True):
+        tokens, patches, frames = size[record]
+        for place in range(bisect_left(by_room, (tokens, -1)), len(by_room)):
+            _, index = by_room[place]
+            if room[index][1] >= patches and room[index][2] >= frames:
+                del by_room[place]
+                break
+        else:
+            index = len(packs)
+            packs.append([])
+            room.append([limits.tokens, limits.patches, limits.frames])
+        packs[index].append(record)
+        for kind, used in enumerate((tokens, patches, frames)):
+            room[index][kind] -= used
+        insort(by_room, (room[index][0], index))
+    if not keep_open:
+        return packs, []
+    is_full = [room[index][0] <= 0.03 * limits.tokens for index in range(len(packs))]
+    left = [record for full, held in zip(is_full, packs, strict=True) if not full for record in held]
+    if not any(is_full):  # a window that fills nothing would be carried for ever
+        return packs, []
+    return [held for full, held in zip(is_full, packs, strict=True) if full], left
+
+
+def assign(costs: Sequence[float], world_size: int) -> list[list[int]]:
+    """The packs of a step (by index) that each rank computes, equally many on each, by predicted cost.
+
+    The dearest pack first, to the rank with the least work that has a place left. Where packs do not
+    divide evenly, some ranks get one fewer: the loader fills up with packs of weight zero.
+    """
+    places = -(-len(costs) // world_size)
+    ranks: list[list[int]] = [[] for _ in range(world_size)]
+    work = [0.0] * world_size
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        rank = min((r for r in range(world_size) if len(ranks[r]) < places), key=lambda r: (work[r], r))
+        ranks[rank].append(index)
+        work[rank] += costs[index]
+    return ranks

@@ -1,0 +1,354 @@
+"""Options into objects: the one place that knows both."""
+
+import json
+import logging
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from torch import nn
+
+from train.checks import check, tuned_modules
+from train.config import Init, Options, Precision, SourceOptions, Tracker
+from train.data.loader import Measured, RecordSet, SourceSpec, StepPlan, load_steps
+from train.data.plan import Limits
+from train.engine.checkpoint import Checkpoints, trained_state
+from train.engine.evaluator import Evaluator
+from train.engine.launch import make_accelerator, offloads, world_size, zero_stage
+from train.engine.metrics import MetricsFile, Observer, Progress
+from train.engine.optimizer import LearningRates, make_optimizer
+from train.engine.quarantine import Quarantine
+from train.engine.step import TrainStep
+from train.engine.tracking import WandbTracker
+from train.engine.trainer import Rhythm, Trainer
+from train.errors import ConfigError
+from train.families import Family, find
+from train.inference.export import export, write_random_model
+from train.modules.adapters import LoraSettings, add_adapters
+from train.modules.trainable import choose_trainable, parameter_groups
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "wandb", "hydra-core", "omnitune")
+
+
+@dataclass
+class Run:
+    """A run that is ready to start."""
+
+    options: Options
+    accelerator: Accelerator
+    trainer: Trainer
+    folder: Path
+    base: Path
+
+    def export(self) -> Path:
+        """Write export/ from the model as it stands; every rank must call it."""
+        trained = trained_state(self.accelerator, self.trainer.train_step.model)
+        folder = self.folder / "export"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+            export(self.base, trained, folder, **export_arguments(self.options, find(self.base)))
+        self.accelerator.wait_for_everyone()
+        return folder
+
+
+def build(options: Options, resolved: dict[str, Any]) -> Run:
+    """Everything a run needs, from its options; every rank must call it.
+
+    resolved: the options as plain values, for config.yaml and the tracker.
+    Raises ConfigError with all faults of the options before anything is loaded.
+    """
+    check(options, world_size())
+    family = find(options.model.path or "")
+    _check_family(options, family)
+    accelerator = make_accelerator(options)
+    folder = _make_folder(options, accelerator)
+    base = _base_model(options, folder, accelerator)
+    processor = family.load_processor(base)
+    processor.long_audio = str(options.data.long_audio)
+    if options.data.system_prompt is not None:
+        processor.system_prompt = options.data.system_prompt
+
+    train_set, measured, eval_set, eval_measured, quarantine = _read_data(options, processor, folder, accelerator)
+    plan = StepPlan(
+        measured,
+        [spec.weight for spec in train_set.specs],
+        _limits(options),
+        packs_per_step=options.run.packs_per_step,
+        seed=options.run.seed,
+        epochs=options.run.epochs,
+        max_steps=options.run.max_steps,
+    )
+    total_steps = options.run.max_steps if options.debug.one_batch else plan.total_steps()
+    assert total_steps is not None
+
+    model = _load_model(options, family, base)
+    groups = parameter_groups(
+        model,
+        family.rules,
+        rates=asdict(options.modules.lr),
+        adapter_rate=options.lora.lr,
+        weight_decay=options.optim.weight_decay,
+    )
+    optimizer = make_optimizer(groups, options.optim, offload=offloads(options))
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    set_seed(options.run.seed, device_specific=True)
+
+    checkpoints = Checkpoints(folder / "checkpoints", accelerator, keep_last=options.run.keep_last)
+    found = checkpoints.find(options.run.resume)
+    trainer = Trainer(
+        accelerator=accelerator,
+        train_step=TrainStep(
+            accelerator,
+            wrapped,
+            optimizer,
+            sources=len(train_set.specs),
+            max_grad_norm=options.optim.max_grad_norm,
+        ),
+        rates=LearningRates(groups, options.optim, total_steps),
+        steps_from=partial(_steps_from, plan, train_set, accelerator, options),
+        source_names=[spec.name for spec in train_set.specs],
+        rhythm=Rhythm(
+            total_steps=total_steps,
+            eval_every=options.run.eval_every,
+            save_every=options.run.save_every,
+            evaluate_first=options.eval.before_training,
+            one_batch=options.debug.one_batch,
+        ),
+        quarantine=quarantine,
+        checkpoints=checkpoints,
+        evaluator=_make_evaluator(options, accelerator, eval_set, eval_measured),
+        observers=[],
+    )
+    if found:
+        trainer.resume(found)
+    if accelerator.is_main_process:
+        _write_environment(folder, accelerator)
+        trainer.observers = _observers(options, resolved, folder, trainer)
+    _describe(options, accelerator, model, plan, total_steps)
+    return Run(options, accelerator, trainer, folder, base)
+
+
+def export_arguments(options: Options, family: Family) -> dict[str, Any]:
+    """What `export` needs to know of how a run was tuned."""
+    tuned, adapted = tuned_modules(options), options.lora.modules
+    if not adapted:
+        return {}
+    return {
+        "lora": lora_settings(options, family),
+        "fully_tuned": tuple(name for name in tuned if name not in adapted),
+    }
+
+
+def lora_settings(options: Options, family: Family) -> LoraSettings:
+    """The adapters that the options ask for, with the family's usual targets where they name none."""
+    wanted = [name for name in tuned_modules(options) if name in options.lora.modules]
+    return LoraSettings(
+        targets={name: tuple(options.lora.targets.get(name) or family.lora_targets[name]) for name in wanted},
+        rank=options.lora.rank,
+        alpha=options.lora.alpha,
+        dropout=options.lora.dropout,
+    )
+
+
+def source_specs(sources: list[SourceOptions]) -> list[SourceSpec]:
+    """The sources with their media folders and names filled in."""
+    return [
+        SourceSpec(
+            name=source.name or Path(source.path).stem,
+            path=source.path,
+            root=source.root or str(Path(source.path).parent),
+            weight=source.weight,
+            format=source.format,
+        )
+        for source in sources
+    ]
+
+
+def _check_family(options: Options, family: Family) -> None:
+    absent = [name for name in tuned_modules(options) if name not in family.modules]
+    if absent:
+        raise ConfigError(
+            [f"modules.tune_{name}: a {family.name} model has no such module; set it to false" for name in absent]
+        )
+
+
+def _make_folder(options: Options, accelerator: Accelerator) -> Path:
+    """The run's folder, as the main process names it (each process has a clock of its own)."""
+    name = [options.run.dir]
+    broadcast_object_list(name)
+    folder = Path(name[0])
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _base_model(options: Options, folder: Path, accelerator: Accelerator) -> Path:
+    """The folder of the model that training starts from; a random one is written out first."""
+    given = Path(options.model.path or "")
+    if options.model.init is Init.pretrained:
+        return given
+    base = folder / "initial_model"
+    if accelerator.is_main_process and not base.exists():
+        write_random_model(given, base, options.run.seed)
+    accelerator.wait_for_everyone()
+    return base
+
+
+def _read_data(
+    options: Options, processor: Any, folder: Path, accelerator: Accelerator
+) -> tuple[RecordSet, Measured, RecordSet | None, Measured | None, Quarantine]:
+    def open_all(sources: list[SourceOptions]) -> RecordSet:
+        return RecordSet(
+            source_specs(sources),
+            processor,
+            max_tokens=options.data.max_tokens,
+            too_long=str(options.data.too_long),
+        )
+
+    train_set = open_all(options.data.train)
+    eval_set = open_all(options.data.eval) if options.data.eval else None
+    quarantine = Quarantine(
+        folder / "quarantine.jsonl" if accelerator.is_main_process else None,
+        total_records=len(train_set) + (len(eval_set) if eval_set else 0),
+        max_fraction=options.data.max_bad_fraction,
+    )
+    measured, bad = train_set.measure()
+    eval_measured = None
+    if eval_set:
+        eval_measured, bad_eval = eval_set.measure()
+        bad += bad_eval
+    quarantine.add(bad)
+    if bad and accelerator.is_main_process:
+        log.warning("%d records cannot be used; quarantine.jsonl says why", len(bad))
+    return train_set, measured, eval_set, eval_measured, quarantine
+
+
+def _limits(options: Options) -> Limits:
+    return Limits(options.data.max_tokens, options.data.max_patches, options.data.max_frames)
+
+
+def _load_model(options: Options, family: Family, base: Path) -> nn.Module:
+    """The model with what learns chosen: float32 where the masters live in it, frozen parts in the compute dtype."""
+    in_bf16 = options.run.precision is Precision.bf16
+    model = family.load_model(base, dtype=torch.bfloat16 if in_bf16 and zero_stage(options) else torch.float32)
+    tuned = tuned_modules(options)
+    if options.run.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    if options.lora.modules:
+        model = add_adapters(model, family.rules, lora_settings(options, family))
+    choose_trainable(model, family.rules, tuned=tuned, adapted=options.lora.modules)
+    if in_bf16:
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, options: Options, epoch: int, step: int):
+    return load_steps(
+        plan,
+        records,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        epoch=epoch,
+        step_in_epoch=step,
+        workers=options.data.workers,
+        prefetch=options.data.prefetch,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def _make_evaluator(
+    options: Options, accelerator: Accelerator, records: RecordSet | None, measured: Measured | None
+) -> Evaluator | None:
+    if records is None or measured is None:
+        return None
+    return Evaluator(
+        accelerator,
+        records,
+        measured,
+        _limits(options),
+        max_records=options.eval.max_records,
+        generate=options.eval.generate,
+        max_new_tokens=options.eval.max_new_tokens,
+        batch_size=options.eval.batch_size,
+        workers=options.data.workers,
+    )
+
+
+def _observers(options: Options, resolved: dict[str, Any], folder: Path, trainer: Trainer) -> list[Observer]:
+    step = trainer.position.step
+    observers: list[Observer] = [
+        MetricsFile(folder / "metrics.jsonl", step),
+        Progress(trainer.rhythm.total_steps, step),
+    ]
+    if options.tracker.name is Tracker.wandb:
+        observers.append(WandbTracker(options.tracker, name=options.run.name, folder=folder, config=resolved))
+    return observers
+
+
+def _write_environment(folder: Path, accelerator: Accelerator) -> None:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    environment = {
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+        "command": sys.argv,
+        "world_size": accelerator.num_processes,
+        "device": str(accelerator.device),
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """The project's commit, with "+" where files were changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def _describe(options: Options, accelerator: Accelerator, model: nn.Module, plan: StepPlan, steps: int) -> None:
+    if not accelerator.is_main_process:
+        return
+    total = sum(parameter.numel() for parameter in model.parameters())
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    packs = plan.epoch(0)
+    fill = sum(plan.measured.lengths[pack, 0].sum() for pack in packs) / (len(packs) * plan.limits.tokens)
+    log.info(
+        "%s of %s parameters learn (%s); %d packs an epoch, %.1f %% full; %d steps; engine %s, %d rank(s) on %s",
+        f"{learning:,}",
+        f"{total:,}",
+        ", ".join(tuned_modules(options)),
+        len(packs),
+        100 * fill,
+        steps,
+        options.engine.name,
+        accelerator.num_processes,
+        accelerator.device,
+    )

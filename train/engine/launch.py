@@ -1,0 +1,117 @@
+"""Where a run happens: the Accelerator, the DeepSpeed configuration, threads and seeds."""
+
+import os
+import socket
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    set_seed,
+)
+
+from train.config import Engine, Options, Precision
+
+_STAGES = {Engine.zero1: 1, Engine.zero2: 2, Engine.zero3: 3, Engine.zero2_offload: 2, Engine.zero3_offload: 3}
+
+
+def zero_stage(options: Options) -> int:
+    """ZeRO stage of the engine; 0 where DeepSpeed is not used."""
+    return _STAGES.get(options.engine.name, 0)
+
+
+def offloads(options: Options) -> bool:
+    """Whether the optimizer lives in host memory."""
+    return options.engine.name in (Engine.zero2_offload, Engine.zero3_offload)
+
+
+def world_size() -> int:
+    """Processes that were launched, as the launcher says it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Processes that were launched on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def deepspeed_config(options: Options) -> dict[str, Any]:
+    """DeepSpeed's configuration: the one place where our options become its own.
+
+    The loss is normalised by us over the whole step, so both counts of accumulation stay at 1.
+    """
+    stage = zero_stage(options)
+    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if offloads(options):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": options.optim.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": options.run.precision is Precision.bf16},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    return _merge(config, options.engine.deepspeed)
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def make_accelerator(options: Options) -> Accelerator:
+    """The Accelerator of the chosen engine, with threads and seeds set (equal on every rank)."""
+    on_cuda = torch.cuda.is_available()
+    torch.set_num_threads(options.run.threads or max(1, (os.cpu_count() or 1) // local_world_size()))
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if not on_cuda:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    plugin = None
+    if zero_stage(options):
+        _single_process_rendezvous()
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(options))
+    else:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if options.run.precision is Precision.bf16 else "no",
+        cpu=not on_cuda,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=handlers,
+    )
+    if options.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    set_seed(options.run.seed)
+    return accelerator
+
+
+def _single_process_rendezvous() -> None:
+    """What DeepSpeed needs to start in a process that no launcher started."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def close(accelerator: Accelerator, model: Any) -> None:
+    """End cleanly: without this, ZeRO-3 on the CPU sometimes aborts at interpreter exit."""
+    if hasattr(model, "destroy"):
+        model.destroy()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()

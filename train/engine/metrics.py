@@ -1,0 +1,127 @@
+"""What a run says about itself: the observers of steps and evaluations. They watch, and change nothing."""
+
+import json
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, the same numbers on every rank (times are the main process's own)."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    step_s: float
+    data_wait_s: float
+    rates: dict[str, float]
+    source_losses: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, float]:
+        """The line of metrics.jsonl."""
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            **{f"loss/{name}": value for name, value in self.source_losses.items()},
+            "grad_norm": self.grad_norm,
+            **{f"lr/{name}": value for name, value in self.rates.items()},
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "tokens_per_s": self.tokens / self.step_s,
+            "time/step_s": self.step_s,
+            "time/data_wait_s": self.data_wait_s,
+            "memory/peak_gib": peak_memory_gib(),
+        }
+
+
+class Observer(Protocol):
+    """Watches a run on the main process."""
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def peak_memory_gib() -> float:
+    """Most memory held so far: on the device with CUDA, else by the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricsFile:
+    """metrics.jsonl: a JSON line a step, and one an evaluation."""
+
+    def __init__(self, file: Path, resume_step: int):
+        self._forget_after(file, resume_step)
+        self._file = file.open("a", encoding="utf-8")
+
+    @staticmethod
+    def _forget_after(file: Path, step: int) -> None:
+        """Drop the lines of steps that will be run again."""
+        if file.exists():
+            kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+            file.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_step(self, report: StepReport) -> None:
+        """Append the step's line."""
+        self._write(report.to_dict())
+
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Append the evaluation's line."""
+        self._write({"step": step, **values})
+
+    def _write(self, values: dict[str, float]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the last line of a killed run may be cut short
+        return float("inf")
+
+
+class Progress:
+    """A bar with loss, rate and time left; now and then a line where the output is no terminal."""
+
+    def __init__(self, total_steps: int, resume_step: int):
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps,
+            initial=resume_step,
+            unit="step",
+            dynamic_ncols=terminal,
+            mininterval=0.2 if terminal else 20,
+        )
+
+    def on_step(self, report: StepReport) -> None:
+        """Move the bar."""
+        self._bar.set_postfix(
+            loss=f"{report.loss:.3f}", tokens_per_s=f"{report.tokens / report.step_s:.0f}", refresh=False
+        )
+        self._bar.update()
+
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Print the figures above the bar."""
+        figures = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
+        self._bar.write(f"step {step}: {figures}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()

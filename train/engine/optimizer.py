@@ -1,0 +1,49 @@
+"""AdamW over the module groups, and the learning rate as a pure function of the step."""
+
+from math import cos, pi
+from typing import Any
+
+import torch
+
+from train.config import OptimOptions, Schedule
+from train.modules.trainable import Group
+
+
+def make_optimizer(groups: list[Group], optim: OptimOptions, *, offload: bool) -> torch.optim.Optimizer:
+    """AdamW with one parameter group per (module, decay); DeepSpeed's own on the CPU where it offloads."""
+    parameters = [
+        {"params": group.parameters, "lr": group.lr, "weight_decay": group.weight_decay} for group in groups
+    ]
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(parameters, betas=optim.betas, eps=optim.eps, adamw_mode=True)
+    return torch.optim.AdamW(parameters, betas=tuple(optim.betas), eps=optim.eps, fused=True)
+
+
+class LearningRates:
+    """Sets each group's rate before a step; nothing to save, since the step says it all."""
+
+    def __init__(self, groups: list[Group], optim: OptimOptions, total_steps: int):
+        self.groups, self.optim, self.total_steps = groups, optim, total_steps
+        self.warmup_steps = round(optim.warmup_ratio * total_steps)
+
+    def factor(self, step: int) -> float:
+        """Share of the peak rate at a step, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        shape = {
+            Schedule.cosine: (1 + cos(pi * progress)) / 2,
+            Schedule.linear: 1 - progress,
+            Schedule.constant: 1.0,
+        }[self.optim.schedule]
+        return self.optim.min_lr_ratio + (1 - self.optim.min_lr_ratio) * shape
+
+    def set(self, optimizer: Any, step: int) -> dict[str, float]:
+        """Put the step's rates into the optimizer; returns them by module, for the metrics."""
+        factor = self.factor(step)
+        rates = {}
+        for target, group in zip(optimizer.param_groups, self.groups, strict=True):
+            target["lr"] = rates[group.module] = group.lr * factor
+        return rates

@@ -1,0 +1,105 @@
+"""One optimizer step over packs: one loss, whatever the packs, micro-batches and ranks.
+
+loss = Σ weight · cross-entropy / Σ weight, over all supervised tokens of the step on all ranks.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from train.schema import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sums over all ranks, and the means made of them.
+
+    source_losses: float64 (sources,), NaN for a source that this step had nothing of.
+    """
+
+    loss: float
+    source_losses: Tensor
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    bad_records: int
+
+
+class TrainStep:
+    """Computes gradients and updates the parameters; every rank must call it with equally many packs.
+
+    max_grad_norm: global L2 norm that gradients are scaled down to (0 = never); under DeepSpeed its own
+    configuration says it.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, *, sources: int, max_grad_norm: float
+    ):
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.sources, self.max_grad_norm = sources, max_grad_norm
+        self._deepspeed = accelerator.distributed_type == "DEEPSPEED"
+
+    def __call__(self, batches: Sequence[Batch], bad_records: int = 0) -> StepResult:
+        """One update from this rank's packs; `bad_records` is summed over the ranks on the way."""
+        counts = self._summed(
+            torch.tensor(
+                [
+                    sum(float(batch.loss_weights.sum()) for batch in batches),
+                    sum(int(batch.cu_seqlens[-1]) for batch in batches if batch.records),
+                    sum(int((batch.loss_weights > 0).sum()) for batch in batches),
+                    bad_records,
+                ],
+                dtype=torch.float64,
+            )
+        )
+        weight = float(counts[0])
+        sums = torch.zeros(2, self.sources, dtype=torch.float64)
+        for index, batch in enumerate(batches):
+            losses = self._forward_backward(batch, weight, is_last=index == len(batches) - 1)
+            weights = batch.loss_weights.double()
+            sums[0].index_add_(0, batch.target_sources, losses.double().cpu() * weights)
+            sums[1].index_add_(0, batch.target_sources, weights)
+        grad_norm = self._update()
+        sums = self._summed(sums)
+        return StepResult(
+            loss=float(sums[0].sum()) / weight if weight else 0.0,
+            source_losses=sums[0] / sums[1],
+            grad_norm=grad_norm,
+            tokens=int(counts[1]),
+            supervised_tokens=int(counts[2]),
+            bad_records=int(counts[3]),
+        )
+
+    def _forward_backward(self, batch: Batch, weight: float, *, is_last: bool) -> Tensor:
+        """The pack's share of the step's gradient; returns the loss of each target.
+
+        The engines average gradients over the ranks, so the sum is scaled up by their number.
+        """
+        self.accelerator.gradient_state._set_sync_gradients(is_last)
+        with self._without_reduction() if not is_last else nullcontext():
+            output = self.model(batch=batch.to(self.accelerator.device))
+            scale = self.accelerator.num_processes / weight if weight else 0.0
+            self.accelerator.backward(output.loss_sum * scale)
+        return output.token_losses
+
+    def _without_reduction(self) -> AbstractContextManager:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def _update(self) -> float:
+        """Clip and step (DeepSpeed did both in its last backward); returns the norm before clipping."""
+        if self._deepspeed:
+            return float(self.model.get_global_grad_norm())
+        limit = self.max_grad_norm or float("inf")
+        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(grad_norm)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").cpu()

@@ -1,0 +1,85 @@
+"""What the rest of the project needs to know of a model family."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.errors import CheckpointError
+from train.modules.trainable import FROZEN, Rules
+
+
+@dataclass(frozen=True)
+class Family:
+    """A declaration: which classes load a model, which modules it has, how its keys are named.
+
+    Classes are named as "module:attribute" and imported when they are used.
+    """
+
+    name: str
+    recognises: Callable[[Mapping[str, Any]], bool]
+    """Whether a folder's config.json is of this family."""
+    model_class: str
+    processor_class: str
+    rules: Rules
+    """Ordered (pattern of parameter names, module); every parameter must be covered."""
+    lora_targets: Mapping[str, tuple[str, ...]]
+    """Linear layers that LoRA adapts in each module if the options name none."""
+
+    @property
+    def modules(self) -> set[str]:
+        """The modules of this family that can learn."""
+        return {module for _, module in self.rules} - {FROZEN}
+
+    def load_model(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> Any:
+        """The model with the folder's weights, in `dtype` (default: as stored)."""
+        model_class = _resolve(self.model_class)
+        model, report = model_class.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
+        )
+        lacking = sorted(report["missing_keys"])
+        if lacking:
+            raise CheckpointError(
+                f"{folder}: {len(lacking)} weights are missing, first of all '{lacking[0]}'; "
+                "the folder is incomplete, or belongs to another model"
+            )
+        return model
+
+    def random_model(self, folder: Path | str, seed: int) -> Any:
+        """A model of the folder's configuration with weights drawn from `seed`, float32."""
+        model_class = _resolve(self.model_class)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return model_class(model_class.config_class.from_pretrained(folder))
+
+    def load_processor(self, folder: Path | str) -> Any:
+        """The processor (tokenizer, pictures, audio) of the folder."""
+        return _resolve(self.processor_class).from_pretrained(folder, local_files_only=True)
+
+
+def _resolve(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def find(folder: Path | str) -> Family:
+    """The family of a model folder, by its config.json."""
+    from train.families.megrezo import MEGREZO
+
+    families = (MEGREZO,)
+    file = Path(folder) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"'{folder}' has no config.json, so it is not a model folder") from None
+    except ValueError as error:
+        raise CheckpointError(f"'{file}' is not valid JSON ({error})") from None
+    for family in families:
+        if family.recognises(config):
+            return family
+    known = ", ".join(family.name for family in families)
+    raise CheckpointError(f"'{file}' says model_type '{config.get('model_type')}'; known families: {known}")

@@ -1,0 +1,29 @@
+"""Megrez-3B-Omni: Llama, SigLIP tower, resampler, Whisper-style audio tower."""
+
+from train.families.family import Family
+from train.modules.trainable import FROZEN
+
+_ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+MEGREZO = Family(
+    name="megrezo",
+    recognises=lambda config: config.get("model_type") == "megrezo",
+    model_class="train.modules.megrezo:MegrezO",
+    processor_class="train.data.processor:MegrezOProcessor",
+    rules=(
+        ("audio.audio.positional_embedding", FROZEN),
+        ("audio.audio.proj.*", "audio_proj"),
+        ("audio.audio.audio_bos_eos_token.*", "audio_proj"),
+        ("audio.audio.*", "audio_encoder"),
+        ("vision.vpm.*", "vision_encoder"),
+        ("vision.resampler.*", "vision_proj"),
+        ("llm.*", "llm"),
+    ),
+    lora_targets={
+        "llm": _ATTENTION_AND_MLP,
+        "vision_encoder": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        "vision_proj": ("kv_proj",),
+        "audio_encoder": ("query", "key", "value", "out", "mlp.0", "mlp.2"),
+        "audio_proj": ("proj",),
+    },
+)

@@ -1,0 +1,95 @@
+"""LoRA through peft: adapters onto our modules, into and out of a folder, merged."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from train.errors import OmniTuneError
+from train.modules.trainable import Rules, canonical_name, is_adapter, module_of
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """How adapters are built. `targets` are linear layers by module, as the ends of their names."""
+
+    targets: Mapping[str, Sequence[str]]
+    rank: int
+    alpha: float
+    dropout: float
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return {**asdict(self), "targets": {name: list(ends) for name, ends in self.targets.items()}}
+
+
+def add_adapters(
+    model: nn.Module, rules: Rules, settings: LoraSettings, *, fully_tuned: Iterable[str] = ()
+) -> PeftModel:
+    """The model with adapters on the linear layers that `settings.targets` names.
+
+    fully_tuned: modules that peft shall copy and carry with the adapter (`modules_to_save`): what an
+    adapter folder needs to be complete. Training leaves it empty and tunes those modules in place.
+    """
+    names = list(_targets(model, rules, settings.targets))
+    if not names:
+        wanted = "; ".join(f"{module}: {', '.join(ends)}" for module, ends in settings.targets.items())
+        raise OmniTuneError(f"LoRA has nothing to adapt: no linear layer of the model ends like {wanted}")
+    config = LoraConfig(
+        target_modules=names,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        modules_to_save=[root for module in fully_tuned for root in _roots(model, rules, module)] or None,
+    )
+    return get_peft_model(model, config)
+
+
+def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put trained values (by canonical parameter name) into a model, with or without adapters."""
+    left = dict(state)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".original_module." not in name and (value := left.pop(canonical_name(name), None)) is not None:
+                parameter.copy_(value)
+    if left:
+        raise OmniTuneError(f"the model has no parameter '{next(iter(left))}' ({len(left)} trained ones left over)")
+
+
+def merge(model: PeftModel) -> nn.Module:
+    """The plain model with the adapters' products added to its weights."""
+    return model.merge_and_unload(safe_merge=True)
+
+
+def save_adapter(model: PeftModel, folder: Path, base: Path | str) -> None:
+    """Write the adapter as peft itself loads it onto the model of folder `base`."""
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+
+
+def _targets(model: nn.Module, rules: Rules, targets: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        ends = targets.get(module_of(f"{name}.weight", rules), ())
+        if any(name == end or name.endswith(f".{end}") for end in ends):
+            yield name
+
+
+def _roots(model: nn.Module, rules: Rules, module: str, prefix: str = "") -> Iterator[str]:
+    """The topmost submodules all of whose parameters belong to `module`."""
+    for name, child in model.named_children():
+        path = f"{prefix}{name}"
+        owners = {module_of(f"{path}.{parameter}", rules) for parameter, _ in child.named_parameters()}
+        if owners == {module} and not isinstance(child, nn.ModuleList):
+            yield path
+        elif module in owners:
+            yield from _roots(child, rules, module, f"{path}.")
+
+
+def has_adapters(state: Mapping[str, Tensor]) -> bool:
+    """Whether trained values hold adapters."""
+    return any(is_adapter(name) for name in state)

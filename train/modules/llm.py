@@ -1,0 +1,58 @@
+"""The Llama inside every model of the project: transformers' own, made to run over packs."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from train.modules.attention import ATTENTION_NAME, Segments
+
+
+class RotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's rotary embedding, whose frequencies stay float32 when the model is cast.
+
+    In bfloat16, as `model.bfloat16()` (and so DeepSpeed) leaves them, angles are wrong by radians after some
+    hundred tokens.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+def build_llm(config: LlamaConfig) -> LlamaForCausalLM:
+    """The Llama of this configuration, random weights, with packed attention (see `attention`)."""
+    config._attn_implementation = ATTENTION_NAME
+    llm = LlamaForCausalLM(config)
+    llm.model.rotary_emb = RotaryEmbedding(config)
+    return llm
+
+
+def packed_hidden_states(
+    llm: LlamaForCausalLM, embeddings: Tensor, position_ids: Tensor, segments: Segments
+) -> Tensor:
+    """Final hidden states of samples that share a flat row; no sample sees another.
+
+    Args:
+        embeddings: (T, D)
+        position_ids: int64 (T,), starting again at 0 with each sample.
+        segments: the samples' lengths.
+
+    Returns:
+        (T, D), normed: what the head takes.
+    """
+    # transformers passes a mask of four dimensions on as it is, instead of deriving a T×T one from the positions.
+    no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=embeddings.device)
+    out = llm.model(
+        inputs_embeds=embeddings.unsqueeze(0),
+        position_ids=position_ids.unsqueeze(0),
+        attention_mask=no_mask,
+        use_cache=False,
+        segments=segments,
+    )
+    return out.last_hidden_state.squeeze(0)

@@ -1,0 +1,274 @@
+"""Megrez-3B-Omni: a Llama that reads pictures and recordings, over flat packs.
+
+Parameter names are those of the published checkpoint. Letters for shapes are those of `schema`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, initialization
+from transformers.utils import ModelOutput
+
+from train.modules.attention import Segments
+from train.modules.audio import AudioEncoder, sinusoids
+from train.modules.llm import build_llm, packed_hidden_states
+from train.modules.loss import token_losses
+from train.modules.resampler import CrossAttention, Resampler
+from train.modules.vision import VisionTower
+from train.schema import Batch
+
+_SIGLIP_SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 980,
+    "layer_norm_eps": 1e-6,
+}
+_WHISPER_LARGE_V3 = {
+    "n_mels": 128,
+    "n_ctx": 1500,
+    "n_state": 1280,
+    "n_head": 20,
+    "n_layer": 32,
+    "output_dim": 2560,
+    "avg_pool": 2,
+    "add_audio_bos_eos_token": True,
+}
+
+
+class MegrezOConfig(LlamaConfig):
+    """Configuration with the published layout: the Llama's keys on top, one dict for each tower.
+
+    Without arguments it is Megrez-3B-Omni. Keys that it does not know are kept, and saved again.
+    """
+
+    model_type = "megrezo"
+    default_theta = 5_000_000.0
+
+    vocab_size: int = 122_880
+    hidden_size: int = 2560
+    intermediate_size: int = 7168
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 40
+    num_key_value_heads: int | None = 10
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 120_005
+    query_num: int = 64
+    """Q: token places of one slice."""
+    patch_size: int = 14
+    vision_batch_size: int = 8
+    """Kept for the published code; here all slices go through the tower at once."""
+    drop_vision_last_layer: bool = False
+    vision_config: dict | None = None
+    audio_config: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = dict(_SIGLIP_SO400M) if self.vision_config is None else self.vision_config
+        self.audio_config = dict(_WHISPER_LARGE_V3) if self.audio_config is None else self.audio_config
+        super().__post_init__(**kwargs)
+
+    def llm_config(self) -> LlamaConfig:
+        """The Llama's part, as a configuration of its own."""
+        names = {item.name for item in fields(LlamaConfig)} - {"architectures", "transformers_version"}
+        return LlamaConfig(**{name: value for name, value in self.to_dict().items() if name in names})
+
+    def vision_arguments(self) -> dict[str, Any]:
+        """Arguments of `VisionTower`."""
+        arguments = _chosen(_SIGLIP_SO400M, self.vision_config)
+        arguments["num_hidden_layers"] -= self.drop_vision_last_layer
+        return arguments
+
+    def audio_arguments(self) -> dict[str, Any]:
+        """Arguments of `AudioEncoder`."""
+        return _chosen(_WHISPER_LARGE_V3, self.audio_config)
+
+
+def _chosen(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return {name: given.get(name, default) for name, default in defaults.items()}
+
+
+@dataclass
+class PackedOutput(ModelOutput):
+    """What a packed forward returns. (A ModelOutput, because DeepSpeed's hooks look for tensors in dicts.)"""
+
+    loss_sum: Tensor | None = None
+    """float32 scalar: the sum over supervised tokens of weight · cross-entropy, with its graph."""
+    token_losses: Tensor | None = None
+    """float32 (M,): cross-entropy of each supervised token, unweighted, without a graph."""
+
+
+class Vision(nn.Module):
+    """Vision tower and connector: patches (P, 3·patch²) to token embeddings (S·Q, D)."""
+
+    def __init__(self, config: MegrezOConfig):
+        super().__init__()
+        arguments = config.vision_arguments()
+        self.vpm = VisionTower(**arguments)
+        self.resampler = Resampler(
+            num_queries=config.query_num, embed_dim=config.hidden_size, kv_dim=arguments["hidden_size"]
+        )
+
+    def forward(self, patches: Tensor, slice_sizes: Tensor) -> Tensor:
+        with _grad_if_tuned(self.vpm):
+            features = self.vpm(patches, slice_sizes)
+        return self.resampler(features, slice_sizes)
+
+
+class Audio(nn.Module):
+    """Audio tower: log-mel frames (B, F) to token embeddings (places, D)."""
+
+    def __init__(self, config: MegrezOConfig):
+        super().__init__()
+        self.audio = AudioEncoder(**config.audio_arguments())
+
+    def forward(self, mel: Tensor, clip_frames: Tensor) -> Tensor:
+        with _grad_if_tuned(self.audio):
+            return self.audio(mel, clip_frames)
+
+
+def _grad_if_tuned(module: nn.Module) -> AbstractContextManager:
+    """No graph for a module that is wholly frozen (autograd would find out, activation checkpointing would not)."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
+
+
+class MegrezO(PreTrainedModel, GenerationMixin):
+    """Megrez-3B-Omni over packs of samples.
+
+    Every rank must call every module alike (see `embed`); `call_every_module` says whether a tower for which a batch
+    has no input is called on a dummy: None means while training. Set it to True for evaluation under ZeRO-3.
+    """
+
+    config_class = MegrezOConfig
+    main_input_name = "batch"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["LlamaDecoderLayer", "VisionLayer", "AudioBlock"]
+
+    def __init__(self, config: MegrezOConfig):
+        super().__init__(config)
+        self.llm = build_llm(config.llm_config())
+        self.vision = Vision(config)
+        self.audio = Audio(config)
+        self.call_every_module: bool | None = None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llm.get_output_embeddings()
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Token embeddings with pictures and recordings in their places: (T, D).
+
+        Each tower runs once, or, where the batch has nothing for it, on a dummy whose output counts zero times: so
+        every rank runs the same collectives, and every parameter has a gradient, whatever a batch holds.
+        """
+        embeddings = self.get_input_embeddings()(batch.input_ids)
+        device = embeddings.device
+        a_patch = batch.patches.new_zeros(1, batch.patches.shape[1])
+        a_size = torch.tensor([[1, 1]])
+        embeddings = self._place(
+            embeddings, self.vision, (batch.patches, batch.slice_sizes), batch.image_places, (a_patch, a_size)
+        )
+        shortest = 2 * self.audio.audio.avg_pool
+        a_clip = torch.zeros(batch.mel.shape[0], shortest, device=device)
+        return self._place(
+            embeddings,
+            self.audio,
+            (batch.mel, batch.clip_frames),
+            batch.audio_places,
+            (a_clip, torch.tensor([shortest])),
+        )
+
+    def _place(
+        self,
+        embeddings: Tensor,
+        tower: Callable[..., Tensor],
+        media: tuple[Tensor, Tensor],
+        places: Tensor,
+        dummy: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """The embeddings with the tower's output at `places`, or untouched if there are no media."""
+        if len(media[1]):
+            return embeddings.index_copy(0, places, tower(*media).to(embeddings.dtype))
+        if self.training if self.call_every_module is None else self.call_every_module:
+            return embeddings + (tower(*dummy) * 0).sum().to(embeddings.dtype)
+        return embeddings
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Final hidden states of all tokens, normed: (T, D)."""
+        embeddings = self.embed(batch)
+        segments = Segments.of_cu_seqlens(batch.cu_seqlens, embeddings.device)
+        return packed_hidden_states(self.llm, embeddings, batch.position_ids, segments)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of all tokens, (T, V): for comparisons, not for training."""
+        return self.llm.lm_head(self.hidden_states(batch))
+
+    def forward(self, batch: Batch | None = None, **llm_inputs) -> ModelOutput:
+        """The loss of a pack; without one, the Llama's own forward (`input_ids=...` and the like)."""
+        if batch is None:
+            return self.llm(**llm_inputs)
+        hidden = self.hidden_states(batch).index_select(0, batch.target_positions)
+        losses = token_losses(hidden, self.llm.lm_head.weight, batch.targets)
+        return PackedOutput(loss_sum=(losses * batch.loss_weights).sum(), token_losses=losses.detach())
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, **options) -> list[Tensor]:  # type: ignore[override]
+        """Answers to N prompts.
+
+        Args:
+            batch: the prompts, one sample each.
+            options: those of transformers' `generate` (max_new_tokens, do_sample, synced_gpus, ...).
+
+        Returns:
+            N tensors int64: the new tokens up to the first end-of-sequence token, which is left out.
+        """
+        generation = deepcopy(options.pop("generation_config", self.generation_config))
+        others = generation.update(**options)
+        lengths = batch.cu_seqlens.diff().tolist()
+        longest = max(lengths)
+        prompts = self.embed(batch).split(lengths)
+        padded = torch.stack([F.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts])
+        is_token = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+        answers = self.llm.generate(
+            inputs_embeds=padded,
+            attention_mask=is_token.long().to(padded.device),
+            generation_config=generation,
+            **others,
+        )
+        ends = generation.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        return [answer[: _first_of(ends, answer.tolist())] for answer in answers]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Random weights of the towers' own kinds; transformers' rule (normal, std 0.02) for the rest."""
+        if isinstance(module, Resampler):
+            nn.init.trunc_normal_(module.query, std=0.02)
+            nn.init.trunc_normal_(module.kv_proj.weight, std=0.02)
+            nn.init.normal_(module.proj, std=module.proj.shape[0] ** -0.5)
+        elif isinstance(module, CrossAttention):
+            nn.init.trunc_normal_(module.in_proj_weight, std=0.02)
+            nn.init.zeros_(module.in_proj_bias)
+        elif isinstance(module, AudioEncoder):
+            initialization.copy_(module.positional_embedding, sinusoids(*module.positional_embedding.shape))
+        else:
+            super()._init_weights(module)
+
+
+def _first_of(tokens: set[int], answer: list[int]) -> int:
+    """Where the first of `tokens` stands in an answer; its length if none does."""
+    return next((place for place, token in enumerate(answer) if token in tokens), len(answer))

@@ -1,0 +1,87 @@
+"""What learns, and how fast: one ordered list of rules that covers every parameter, or fails."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from train.errors import OmniTuneError
+
+FROZEN = "frozen"
+"""Name of the module whose parameters never learn."""
+
+Rules = Sequence[tuple[str, str]]
+"""(pattern of parameter names, module) in order; the first pattern that fits decides."""
+
+_WRAPPING = re.compile(r"^module\.|base_model\.model\.|\.base_layer|\.modules_to_save\.default|\.original_module")
+_ADAPTER = re.compile(r"\.lora_\w+\.")
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name in the checkpoint, without what DDP and peft put around it."""
+    return _WRAPPING.sub("", name)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter belongs to a LoRA adapter."""
+    return bool(_ADAPTER.search(name))
+
+
+def module_of(name: str, rules: Rules) -> str:
+    """The module that a parameter belongs to, or FROZEN.
+
+    >>> module_of("llm.lm_head.weight", [("vision.*", "vision_encoder"), ("llm.*", "llm")])
+    'llm'
+    """
+    plain = canonical_name(name)
+    for pattern, module in rules:
+        if fnmatchcase(plain, pattern):
+            return module
+    raise OmniTuneError(f"no rule of the model family covers the parameter '{plain}'; add one to its declaration")
+
+
+def choose_trainable(model: nn.Module, rules: Rules, *, tuned: Iterable[str], adapted: Iterable[str] = ()) -> None:
+    """Let exactly what is tuned require gradients.
+
+    A tuned module learns in full; a tuned module that is `adapted` learns through its adapters alone.
+    """
+    tuned, adapted = set(tuned), set(adapted)
+    for name, parameter in model.named_parameters():
+        module = module_of(name, rules)
+        parameter.requires_grad_(module in tuned and (module not in adapted or is_adapter(name)))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate and a weight decay."""
+
+    module: str
+    lr: float
+    weight_decay: float
+    parameters: list[nn.Parameter]
+
+
+def parameter_groups(
+    model: nn.Module,
+    rules: Rules,
+    *,
+    rates: Mapping[str, float],
+    adapter_rate: float,
+    weight_decay: float,
+) -> list[Group]:
+    """The trainable parameters by module and decay; matrices decay, vectors and single tensors do not.
+
+    Adapters are groups of their own, named "<module>.lora", at `adapter_rate`.
+    """
+    collected: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        module = module_of(name, rules)
+        label, rate = (f"{module}.lora", adapter_rate) if is_adapter(name) else (module, rates[module])
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        collected.setdefault((label, rate, decay), []).append(parameter)
+    return [Group(label, rate, decay, found) for (label, rate, decay), found in collected.items()]
+
