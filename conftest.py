@@ -1,4 +1,4 @@
-"""Puts the repository's root on the import path, so that tests find `train` and `tests` without an installation."""
+"""Puts the repository's root on the import path: tests find `train` and `tests` without an installation."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tiny models and batches made by hand, for tests of any room. Letters for shapes are those of `train.schema`."""
+"""Tiny models and batches made by hand, for tests of any room. Letters for shapes: see `train.schema`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from train.schema import IGNORE_INDEX, Batch, Sample
 
 
 def tiny_config(**overrides: Any) -> MegrezOConfig:
-    """The real architecture at a size that runs in milliseconds: grouped heads, 4 queries a slice, 16 mel bins."""
+    """The real architecture, small enough to run in milliseconds: 4 queries a slice, 16 mel bins."""
     sizes: dict[str, Any] = {
         "vocab_size": 128,
         "hidden_size": 64,
@@ -130,7 +130,7 @@ def make_batch(samples: Sequence[Sample]) -> Batch:
 
 
 def mixed_samples(config: MegrezOConfig, seed: int = 0) -> list[Sample]:
-    """Every mix: picture and recording, text alone, two slices, two clips of unequal length (one with an odd frame)."""
+    """Every mix: both media, text alone, two slices, two clips (one with an odd frame), text alone."""
     return [
         make_sample(config, slices=[(3, 4)], clips=[22], text=9, seed=seed),
         make_sample(config, text=13, learned=6, seed=seed + 1),

@@ -3,7 +3,6 @@
     accelerate launch train/main.py +recipe=full
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -44,5 +43,4 @@ def train(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

@@ -100,7 +100,7 @@ class Batch:
     position_ids: Tensor
     """int64 (T,): starts again at 0 with each sample."""
     cu_seqlens: Tensor
-    """int32 (N + 1,): where each sample begins, and the end."""
+    """int32 (N + 1,), on the CPU always: where each sample begins, and the end."""
     target_positions: Tensor
     """int64 (M,): tokens whose hidden state predicts a learned token (its predecessors)."""
     targets: Tensor
@@ -124,7 +124,7 @@ class Batch:
     records: list[int] = field(default_factory=list)
     """Index of each sample's record in the data set."""
 
-    _STAYS_ON_CPU = ("slice_sizes", "clip_frames")
+    _STAYS_ON_CPU = ("cu_seqlens", "slice_sizes", "clip_frames")
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device, copied without waiting where memory is pinned."""

@@ -4,14 +4,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from train.config import Options
 from train.errors import ConfigError
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+_HERE = Path(__file__).resolve()
+CONFIGS = _HERE.parents[1] / "configs"
+RECIPES = _HERE.parents[2] / "recipes"
 
 
 def register() -> None:
@@ -35,5 +37,5 @@ def typed(config: DictConfig) -> tuple[Options, dict[str, Any]]:
 def compose_options(overrides: list[str]) -> tuple[Options, dict[str, Any]]:
     """The options that the same words would give on training's command line."""
     register()
-    with initialize_config_module("train.configs", version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return typed(compose("config", overrides=overrides))

@@ -18,7 +18,7 @@ MAX_PIXELS = 2**26
 """Largest picture that is decoded (67 megapixels, 200 MB as RGB)."""
 
 # Named one by one, because some of Pillow's other formats run external programs.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 _FLIPS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -123,11 +123,14 @@ def _opened(source: MediaSource) -> Iterator[Image.Image]:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8."""
+    """The EXIF orientation that is left to apply, 1 (upright) to 8."""
+    if picture.format == "TIFF":  # Pillow turns these itself
+        return 1
     # Asked for EXIF that its header lacks, Pillow decodes a whole PNG to search behind the pixels.
     if picture.format == "PNG" and "exif" not in picture.info:
         return 1
     try:
-        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata does not spoil the pixels
         return 1
+    return int(orientation) if orientation in range(1, 9) else 1

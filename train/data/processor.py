@@ -389,7 +389,10 @@ def _located(record: Record) -> Iterator[None]:
 
 def _read_json(folder: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Any]:
     """A JSON file of a model folder; empty if there is none."""
-    path = cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False, **hub)
+    try:
+        path = cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False, **hub)
+    except OSError as error:
+        raise CheckpointError(f"'{folder}' is not a model folder ({error}); correct its path") from None
     if path is None:
         return {}
     try:

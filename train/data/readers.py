@@ -1,7 +1,7 @@
 """Random access to the raw records of a data file: JSON lines, a JSON list, or parquet.
 
-The format is told by the content, never by the name. JSON lines and parquet stay on the disk, so memory does
-not grow with them beyond 24 bytes a line; a JSON list is held as it was parsed.
+The format is told by the content unless it is given, never by the file's name. JSON lines and parquet stay on
+the disk, so memory does not grow with them beyond 24 bytes a line; a JSON list is held as it was parsed.
 """
 
 import json
@@ -98,9 +98,11 @@ class JsonList(Source):
         super().__init__(path)
         try:
             self._records = _parse_json(path.read_bytes().removeprefix(_BOM))
+            if not isinstance(self._records, list):
+                raise ValueError(f"it holds one {type(self._records).__name__}")
         except (ValueError, RecursionError) as error:
             raise OmniTuneError(
-                f"{path}: it begins as a JSON list but is not valid JSON ({error}); "
+                f"{path}: it is not a valid JSON list ({error}); "
                 "correct it, or write one record a line, where a bad one costs only itself"
             ) from None
 
@@ -126,15 +128,13 @@ class Parquet(Source):
             # The arrow format hands media over as they are stored, never decoded.
             self._rows = Dataset.from_parquet(str(path)).with_format("arrow")
         except Exception as error:
-            raise OmniTuneError(
-                f"{path}: it begins as parquet but cannot be read ({error}); write it again"
-            ) from error
+            raise OmniTuneError(f"{path}: it cannot be read as parquet ({error}); write it again") from error
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index].to_pylist()[0]
+        return self._rows[int(index)].to_pylist()[0]
 
 
 _FORMATS = {"jsonl": JsonLines, "json": JsonList, "parquet": Parquet}

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
+from transformers.integrations import unset_hf_deepspeed_config
 
 from train.checks import check, tuned_modules
 from train.config import Init, Options, Precision, SourceOptions, Tracker
@@ -24,7 +26,7 @@ from train.data.plan import Limits
 from train.engine.checkpoint import Checkpoints, trained_state
 from train.engine.evaluator import Evaluator
 from train.engine.launch import make_accelerator, offloads, world_size, zero_stage
-from train.engine.metrics import MetricsFile, Observer, Progress
+from train.engine.metrics import MetricsFile, Observer, Profiler, Progress
 from train.engine.optimizer import LearningRates, make_optimizer
 from train.engine.quarantine import Quarantine
 from train.engine.step import TrainStep
@@ -54,6 +56,7 @@ class Run:
     def export(self) -> Path:
         """Write export/ from the model as it stands; every rank must call it."""
         trained = trained_state(self.accelerator, self.trainer.train_step.model)
+        unset_hf_deepspeed_config()  # from here on a model is loaded whole, on one rank
         folder = self.folder / "export"
         if self.accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -133,6 +136,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     if found:
         trainer.resume(found)
     if accelerator.is_main_process:
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         _write_environment(folder, accelerator)
         trainer.observers = _observers(options, resolved, folder, trainer)
     _describe(options, accelerator, model, plan, total_steps)
@@ -245,7 +249,7 @@ def _load_model(options: Options, family: Family, base: Path) -> nn.Module:
     model = family.load_model(base, dtype=torch.bfloat16 if in_bf16 and zero_stage(options) else torch.float32)
     tuned = tuned_modules(options)
     if options.run.activation_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if options.lora.modules:
         model = add_adapters(model, family.rules, lora_settings(options, family))
     choose_trainable(model, family.rules, tuned=tuned, adapted=options.lora.modules)
@@ -294,6 +298,8 @@ def _observers(options: Options, resolved: dict[str, Any], folder: Path, trainer
         MetricsFile(folder / "metrics.jsonl", step),
         Progress(trainer.rhythm.total_steps, step),
     ]
+    if options.debug.profile_steps:
+        observers.append(Profiler(folder / "trace.json", options.debug.profile_steps))
     if options.tracker.name is Tracker.wandb:
         observers.append(WandbTracker(options.tracker, name=options.run.name, folder=folder, config=resolved))
     return observers
@@ -336,8 +342,9 @@ def _commit() -> str | None:
 def _describe(options: Options, accelerator: Accelerator, model: nn.Module, plan: StepPlan, steps: int) -> None:
     if not accelerator.is_main_process:
         return
-    total = sum(parameter.numel() for parameter in model.parameters())
-    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    sizes = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
+    total = sum(sizes.values())
+    learning = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
     packs = plan.epoch(0)
     fill = sum(plan.measured.lengths[pack, 0].sum() for pack in packs) / (len(packs) * plan.limits.tokens)
     log.info(

@@ -92,12 +92,12 @@ class Evaluator:
         was_training = model.training
         model.eval()
         family_model = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
-        family_model.call_every_module = self.accelerator.num_processes > 1
+        family_model.call_every_module = self.accelerator.num_processes > 1 or None
         with torch.no_grad():
             values = self._losses(model)
             if self.generate:
                 values |= self._exact_match(family_model)
-        family_model.call_every_module = False
+        family_model.call_every_module = None
         model.train(was_training)
         return values, self.bad
 

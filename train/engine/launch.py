@@ -1,10 +1,13 @@
 """Where a run happens: the Accelerator, the DeepSpeed configuration, threads and seeds."""
 
+import logging
 import os
 import socket
+import warnings
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
     DeepSpeedPlugin,
@@ -74,9 +77,10 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 def make_accelerator(options: Options) -> Accelerator:
     """The Accelerator of the chosen engine, with threads and seeds set (equal on every rank)."""
     on_cuda = torch.cuda.is_available()
+    _quieten(on_cuda)
     torch.set_num_threads(options.run.threads or max(1, (os.cpu_count() or 1) // local_world_size()))
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    if not on_cuda:
+    if not on_cuda and (world_size() > 1 or zero_stage(options)):
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     plugin = None
     if zero_stage(options):
@@ -86,7 +90,7 @@ def make_accelerator(options: Options) -> Accelerator:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     accelerator = Accelerator(
         mixed_precision="bf16" if options.run.precision is Precision.bf16 else "no",
-        cpu=not on_cuda,
+        cpu=not on_cuda and plugin is None,
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
     )
@@ -95,6 +99,19 @@ def make_accelerator(options: Options) -> Accelerator:
         torch.use_deterministic_algorithms(True)
     set_seed(options.run.seed)
     return accelerator
+
+
+def _quieten(on_cuda: bool) -> None:
+    """Our own words on the main process alone; of the libraries, only what is wrong."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("train").setLevel(logging.INFO if is_main else logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizer was used
+    if not on_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _single_process_rendezvous() -> None:

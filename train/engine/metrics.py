@@ -125,3 +125,25 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+
+
+class Profiler:
+    """Writes a torch profile of `steps` steps, after two that warm up, to `file` (for Perfetto)."""
+
+    def __init__(self, file: Path, steps: int):
+        schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+        self._profile = torch.profiler.profile(
+            schedule=schedule, on_trace_ready=lambda profile: profile.export_chrome_trace(str(file))
+        )
+        self._profile.start()
+
+    def on_step(self, report: StepReport) -> None:
+        """Count the step."""
+        self._profile.step()
+
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Nothing: evaluations are part of the step they fall in."""
+
+    def close(self) -> None:
+        """End the profile, which writes what there is of it."""
+        self._profile.stop()

@@ -1,16 +1,18 @@
-"""Attention over segments of a flat row: one function for the LLM, the vision tower, the resampler and the audio
-encoder.
+"""Attention over segments of a flat row: one function for the LLM, the towers and the resampler.
 
-On CUDA in half precision it is torch's variable-length kernel; elsewhere SDPA, one call for each distinct length.
-Nothing is padded, no mask is built, and a segment's output does not depend on its neighbours.
+On CUDA in half precision it is torch's variable-length kernel; elsewhere SDPA, one call for each
+distinct length. Nothing is padded, no mask is built, and a segment's output does not depend on its
+neighbours.
 
-The same function serves transformers' Llama under the attention name "omnitune": a forward that is given `segments`
-attends within them, any other forward (generation with its cache and padding mask) is plain SDPA.
+The same function serves transformers' Llama under the attention name "omnitune": a forward that is
+given `segments` attends within them, any other forward (generation with its cache and padding mask)
+is plain SDPA.
 """
 
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,7 @@ class Segments:
 
     @classmethod
     def of_cu_seqlens(cls, cu_seqlens: Tensor, device: torch.device) -> "Segments":
-        """Segments between cumulative lengths, int32 (N + 1,); costs a wait if those lie on an accelerator."""
+        """Segments between cumulative lengths, int32 (N + 1,); waits for the device if they lie on one."""
         return cls(tuple(cu_seqlens.diff().tolist()), cu_seqlens.to(device, non_blocking=True))
 
     @cached_property
@@ -82,23 +84,23 @@ def varlen_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return varlen_attn(
-            q,
-            k,
-            v,
-            segments_q.cu_seqlens,
-            segments_k.cu_seqlens,
-            segments_q.longest,
-            segments_k.longest,
-            scale=scale,
-            window_size=(-1, 0) if causal else (-1, -1),
-            **(_GROUPED_HEADS if q.shape[1] != k.shape[1] else {}),
-        )
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
+        if q.shape[1] != k.shape[1]:
+            options |= _GROUPED_HEADS
+        lengths = (segments_q.cu_seqlens, segments_k.cu_seqlens, segments_q.longest, segments_k.longest)
+        return cast(Tensor, varlen_attn(q, k, v, *lengths, **options))
     return _attention_by_length(q, k, v, segments_q, segments_k, causal=causal, scale=scale)
 
 
 def _attention_by_length(
-    q: Tensor, k: Tensor, v: Tensor, segments_q: Segments, segments_k: Segments, *, causal: bool, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments_q: Segments,
+    segments_k: Segments,
+    *,
+    causal: bool,
+    scale: float | None,
 ) -> Tensor:
     """The same by SDPA: segments of equal lengths share a call, and the outputs are put back in order."""
     if (repeats := q.shape[1] // k.shape[1]) > 1:
@@ -108,9 +110,7 @@ def _attention_by_length(
     for number, lengths in enumerate(zip(segments_q.lengths, segments_k.lengths, strict=True)):
         numbers_of.setdefault(lengths, []).append(number)
 
-    pieces = [
-        x.split(s.lengths) for x, s in ((q, segments_q), (k, segments_k), (v, segments_k))
-    ]
+    pieces = [x.split(s.lengths) for x, s in ((q, segments_q), (k, segments_k), (v, segments_k))]
     outputs: list[Tensor] = [q] * len(segments_q.lengths)
     for numbers in numbers_of.values():
         q_n, k_n, v_n = (torch.stack([piece[n] for n in numbers]).transpose(1, 2) for piece in pieces)

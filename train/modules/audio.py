@@ -1,7 +1,7 @@
 """The audio tower: Whisper's encoder over clips of any length, and its connector to the LLM.
 
-Letters: C clips, F mel frames (10 ms), B mel bins, D the LLM's width. Clips lie one after the other in one flat row,
-unpadded: what a clip becomes does not depend on the others.
+Letters: C clips, F mel frames (10 ms), B mel bins, D the LLM's width. Clips lie one after the other in
+one flat row, unpadded: what a clip becomes does not depend on the others.
 """
 
 import math
@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from train.modules.attention import Segments, varlen_attention
 
 _GAP = 2
-"""Zero frames before each clip: they keep neighbours apart, and every clip at an even place for the stride of 2."""
+"""Zero frames before each clip: they keep neighbours apart, and clips at even places for the stride of 2."""
 
 
 class AudioEncoder(nn.Module):
@@ -59,14 +59,16 @@ class AudioEncoder(nn.Module):
 
         Args:
             mel: float32 (B, F), log-mel frames, clip after clip.
-            clip_frames: int64 (C,) on the CPU: frames of each clip, even, at most 2·n_ctx, at least 2·avg_pool.
+            clip_frames: int64 (C,) on the CPU: frames of each clip, even, from 2·avg_pool to 2·n_ctx.
 
         Returns:
             (places, D): of each clip the begin embedding, its F // 2 // avg_pool frames, the end embedding.
         """
         frames = (clip_frames // 2).tolist()
         hidden = self._convolve(mel.to(self.conv1.weight.dtype), clip_frames.tolist())
-        hidden = hidden + torch.cat([self.positional_embedding[:length] for length in frames]).to(hidden.dtype)
+        hidden = hidden + torch.cat([self.positional_embedding[:length] for length in frames]).to(
+            hidden.dtype
+        )
         segments = Segments.of(frames, mel.device)
         for block in self.blocks:
             hidden = block(hidden, segments)
@@ -122,15 +124,15 @@ class AudioAttention(nn.Module):
         self.out = nn.Linear(n_state, n_state)
 
     def forward(self, hidden: Tensor, segments: Segments) -> Tensor:
-        heads = (
+        q, k, v = (
             projection(hidden).unflatten(-1, (self.n_head, -1))
             for projection in (self.query, self.key, self.value)
         )
-        return self.out(varlen_attention(*heads, segments).flatten(1))
+        return self.out(varlen_attention(q, k, v, segments).flatten(1))
 
 
 def sinusoids(length: int, channels: int) -> Tensor:
-    """Whisper's table of positions: float32 (length, channels), sines then cosines, periods up to 10000·2π."""
+    """Whisper's table of positions, sines then cosines: float32 (length, channels)."""
     steps = math.log(10000) / (channels // 2 - 1)
     rates = torch.exp(-steps * torch.arange(channels // 2, dtype=torch.float32))
     angles = torch.arange(length, dtype=torch.float32)[:, None] * rates

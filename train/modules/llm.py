@@ -46,7 +46,8 @@ def packed_hidden_states(
     Returns:
         (T, D), normed: what the head takes.
     """
-    # transformers passes a mask of four dimensions on as it is, instead of deriving a T×T one from the positions.
+    # transformers hands on a mask of four dimensions as it is, where else it would derive a T×T one from
+    # the positions.
     no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=embeddings.device)
     out = llm.model(
         inputs_embeds=embeddings.unsqueeze(0),

@@ -11,8 +11,8 @@ CHUNK = 1024
 def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """Cross-entropy of each token, in nats.
 
-    The logits are made `chunk` tokens at a time, in float32 after the product, and made again in the backward.
-    Where a head or the hidden states need no gradient, none is computed.
+    The logits are made `chunk` tokens at a time, in float32 after the product, and again in the backward.
+    What is frozen, the head or the hidden states, costs no gradient.
 
     Args:
         hidden: (M, D); M may be 0.
@@ -31,7 +31,9 @@ class _TokenLosses(torch.autograd.Function):
     """The products run in `dtype`; sums over words and over chunks run in float32."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype
+    ) -> Tensor:
         product_weight = weight.to(dtype)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         log_sums = torch.empty_like(losses)

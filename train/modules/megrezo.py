@@ -3,10 +3,9 @@
 Parameter names are those of the published checkpoint. Letters for shapes are those of `schema`.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -70,13 +69,8 @@ class MegrezOConfig(LlamaConfig):
     vision_batch_size: int = 8
     """Kept for the published code; here all slices go through the tower at once."""
     drop_vision_last_layer: bool = False
-    vision_config: dict | None = None
-    audio_config: dict | None = None
-
-    def __post_init__(self, **kwargs):
-        self.vision_config = dict(_SIGLIP_SO400M) if self.vision_config is None else self.vision_config
-        self.audio_config = dict(_WHISPER_LARGE_V3) if self.audio_config is None else self.audio_config
-        super().__post_init__(**kwargs)
+    vision_config: dict = field(default_factory=lambda: dict(_SIGLIP_SO400M))
+    audio_config: dict = field(default_factory=lambda: dict(_WHISPER_LARGE_V3))
 
     def llm_config(self) -> LlamaConfig:
         """The Llama's part, as a configuration of its own."""
@@ -124,6 +118,11 @@ class Vision(nn.Module):
             features = self.vpm(patches, slice_sizes)
         return self.resampler(features, slice_sizes)
 
+    def dummy(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The least input there is: a slice of one black patch."""
+        patch = self.vpm.embeddings.patch_embedding.kernel_size[0]
+        return torch.zeros(1, 3 * patch**2, dtype=torch.uint8, device=device), torch.tensor([[1, 1]])
+
 
 class Audio(nn.Module):
     """Audio tower: log-mel frames (B, F) to token embeddings (places, D)."""
@@ -136,24 +135,31 @@ class Audio(nn.Module):
         with _grad_if_tuned(self.audio):
             return self.audio(mel, clip_frames)
 
+    def dummy(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The least input there is: a clip that gives one frame."""
+        frames = 2 * self.audio.avg_pool
+        return torch.zeros(self.audio.conv1.in_channels, frames, device=device), torch.tensor([frames])
+
 
 def _grad_if_tuned(module: nn.Module) -> AbstractContextManager:
-    """No graph for a module that is wholly frozen (autograd would find out, activation checkpointing would not)."""
-    return torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
+    """No graph for a wholly frozen module: autograd would see it, activation checkpointing would not."""
+    return torch.set_grad_enabled(
+        torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    )
 
 
 class MegrezO(PreTrainedModel, GenerationMixin):
     """Megrez-3B-Omni over packs of samples.
 
-    Every rank must call every module alike (see `embed`); `call_every_module` says whether a tower for which a batch
-    has no input is called on a dummy: None means while training. Set it to True for evaluation under ZeRO-3.
+    `call_every_module` says whether a tower for which a batch has no input runs on a dummy (see `embed`):
+    None means while training. Evaluation under ZeRO-3 needs True.
     """
 
     config_class = MegrezOConfig
     main_input_name = "batch"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["LlamaDecoderLayer", "VisionLayer", "AudioBlock"]
+    _no_split_modules = ["LlamaDecoderLayer", "VisionLayer", "AudioBlock"]  # noqa: RUF012
 
     def __init__(self, config: MegrezOConfig):
         super().__init__(config)
@@ -172,39 +178,24 @@ class MegrezO(PreTrainedModel, GenerationMixin):
     def embed(self, batch: Batch) -> Tensor:
         """Token embeddings with pictures and recordings in their places: (T, D).
 
-        Each tower runs once, or, where the batch has nothing for it, on a dummy whose output counts zero times: so
-        every rank runs the same collectives, and every parameter has a gradient, whatever a batch holds.
+        Each tower runs once; where the batch has nothing for it, on a dummy whose output counts zero times.
+        So every rank runs the same collectives, and every parameter has a gradient, whatever a batch holds.
         """
         embeddings = self.get_input_embeddings()(batch.input_ids)
-        device = embeddings.device
-        a_patch = batch.patches.new_zeros(1, batch.patches.shape[1])
-        a_size = torch.tensor([[1, 1]])
-        embeddings = self._place(
-            embeddings, self.vision, (batch.patches, batch.slice_sizes), batch.image_places, (a_patch, a_size)
-        )
-        shortest = 2 * self.audio.audio.avg_pool
-        a_clip = torch.zeros(batch.mel.shape[0], shortest, device=device)
-        return self._place(
-            embeddings,
-            self.audio,
-            (batch.mel, batch.clip_frames),
-            batch.audio_places,
-            (a_clip, torch.tensor([shortest])),
-        )
+        pictures = (batch.patches, batch.slice_sizes)
+        clips = (batch.mel, batch.clip_frames)
+        embeddings = self._place(embeddings, self.vision, pictures, batch.image_places)
+        return self._place(embeddings, self.audio, clips, batch.audio_places)
 
     def _place(
-        self,
-        embeddings: Tensor,
-        tower: Callable[..., Tensor],
-        media: tuple[Tensor, Tensor],
-        places: Tensor,
-        dummy: tuple[Tensor, Tensor],
+        self, embeddings: Tensor, tower: Vision | Audio, media: tuple[Tensor, Tensor], places: Tensor
     ) -> Tensor:
-        """The embeddings with the tower's output at `places`, or untouched if there are no media."""
+        """The embeddings with what the tower makes of `media` at `places`."""
         if len(media[1]):
             return embeddings.index_copy(0, places, tower(*media).to(embeddings.dtype))
         if self.training if self.call_every_module is None else self.call_every_module:
-            return embeddings + (tower(*dummy) * 0).sum().to(embeddings.dtype)
+            nothing = (tower(*tower.dummy(embeddings.device)) * 0).sum()
+            return embeddings + nothing.to(embeddings.dtype)
         return embeddings
 
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -243,7 +234,7 @@ class MegrezO(PreTrainedModel, GenerationMixin):
         prompts = self.embed(batch).split(lengths)
         padded = torch.stack([F.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts])
         is_token = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-        answers = self.llm.generate(
+        answers = self.llm.generate(  # type: ignore[misc]
             inputs_embeds=padded,
             attention_mask=is_token.long().to(padded.device),
             generation_config=generation,

@@ -3,6 +3,7 @@
 Letters: S slices, P patches, D the tower's width.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -35,8 +36,7 @@ class VisionTower(nn.Module):
     ):
         super().__init__()
         self.embeddings = PatchEmbeddings(hidden_size, patch_size, image_size // patch_size)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(
+        self.encoder = VisionEncoder(
             VisionLayer(hidden_size, intermediate_size, num_attention_heads, layer_norm_eps)
             for _ in range(num_hidden_layers)
         )
@@ -53,9 +53,7 @@ class VisionTower(nn.Module):
             (P, D)
         """
         segments = Segments.of(slice_sizes.prod(dim=1).tolist(), patches.device)
-        hidden = self.embeddings(patches, slice_sizes)
-        for layer in self.encoder.layers:
-            hidden = layer(hidden, segments)
+        hidden = self.encoder(self.embeddings(patches, slice_sizes), segments)
         return self.post_layernorm(hidden)
 
 
@@ -96,12 +94,25 @@ class PatchEmbeddings(nn.Module):
 def axis_buckets(patches: int, side: int) -> Tensor:
     """The bucket, of `side` ones, of each of the patches along an axis: int64 (patches,).
 
-    The float32 steps of arange are part of the published function: an exact fraction gives other buckets for some
-    lengths (25, 49 and 50 among them).
+    The float32 steps of arange are part of the published function: an exact fraction gives other buckets
+    for some lengths (25, 49 and 50 among them).
     """
     boundaries = torch.arange(1 / side, 1.0, 1 / side, dtype=torch.float32, device="cpu")
     fractions = torch.arange(0, 1 - 1e-6, 1 / patches, dtype=torch.float32, device="cpu")
     return torch.bucketize(fractions, boundaries, right=True)
+
+
+class VisionEncoder(nn.Module):
+    """The layers in a row: (P, D) to (P, D)."""
+
+    def __init__(self, layers: Iterable["VisionLayer"]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, hidden: Tensor, segments: Segments) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden, segments)
+        return hidden
 
 
 class VisionLayer(GradientCheckpointingLayer):
@@ -129,11 +140,11 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden: Tensor, segments: Segments) -> Tensor:
-        heads = (
+        q, k, v = (
             projection(hidden).unflatten(-1, (self.num_heads, -1))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(varlen_attention(*heads, segments).flatten(1))
+        return self.out_proj(varlen_attention(q, k, v, segments).flatten(1))
 
 
 class VisionMLP(nn.Module):

@@ -1,46 +1,13 @@
-"""A tiny byte-level tokenizer with Megrez's special tokens, a processor over it, and media made on the spot."""
+"""A processor over the tiny tokenizer, and a model folder as it is published."""
 
-import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
-from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from train.data.chat import CHAT_TEMPLATE_JINJA
+from tests.unit.data.builders import make_tokenizer
 from train.data.processor import MegrezOImageProcessor, MegrezOProcessor
-from train.schema import Part, Record, Turn
-
-SPECIAL = [
-    "<|eos|>", "<|unk|>", "<|pad|>", "<|role_start|>", "<|role_end|>", "<|turn_end|>",
-    "<|image_start|>", "<|image_end|>", "<|image_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>",
-    "<|function_start|>", "<|function_end|>", "<|slice_start|>", "<|slice_end|>",
-    "<|image_id_start|>", "<|image_id_end|>",
-]  # fmt: skip
-MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ċ", "Ċ"), ("Ċ", "A")]
-
-
-def make_tokenizer(without: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """256 bytes, a few merges, then the special tokens."""
-    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    for left, right in MERGES:
-        vocab[left + right] = len(vocab)
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=MERGES))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    names = [name for name in SPECIAL if name not in without]
-    backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|turn_end|>",
-        pad_token="<|pad|>",
-        unk_token="<|unk|>",
-        chat_template=CHAT_TEMPLATE_JINJA,
-    )
 
 
 @pytest.fixture(scope="session")
@@ -79,32 +46,3 @@ def model_folder(tmp_path: Path, tokenizer) -> Path:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def png(width: int, height: int, color="red", mode: str = "RGB") -> bytes:
-    """An encoded picture of one colour."""
-    file = io.BytesIO()
-    Image.new(mode, (width, height), color).save(file, "PNG")
-    return file.getvalue()
-
-
-def tone(seconds: float, rate: int = 16_000, channels: int = 1, hertz: float = 440.0) -> np.ndarray:
-    """A sine, float32 (samples, channels)."""
-    wave = 0.3 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
-    return np.repeat(wave[:, None], channels, axis=1).astype(np.float32)
-
-
-def wav(seconds: float, rate: int = 16_000, channels: int = 1) -> bytes:
-    """An encoded tone."""
-    file = io.BytesIO()
-    soundfile.write(file, tone(seconds, rate, channels), rate, format="WAV")
-    return file.getvalue()
-
-
-def talk(*turns) -> Record:
-    """A record of (role, content[, weight]); content is a text or (kind, content) pairs."""
-    made = []
-    for role, content, *weight in turns:
-        parts = [("text", content)] if isinstance(content, str) else content
-        made.append(Turn(role, tuple(Part(*part) for part in parts), *weight))
-    return Record(tuple(made), "a.jsonl", 3)

@@ -1,0 +1,139 @@
+import io
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import WhisperFeatureExtractor
+
+from tests.unit.data.builders import tone, wav
+from train.data.audio import clip_length, fit_clip, load_clip, log_mel
+from train.errors import BadRecord
+from train.geometry import mel_frames
+
+
+def encoded(samples: np.ndarray, rate: int, form: str, subtype: str | None = None) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=form, subtype=subtype)
+    return file.getvalue()
+
+
+def m4a(samples: np.ndarray, rate: int) -> bytes:
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=rate, layout="mono")
+        for begin in range(0, len(samples), 1024):
+            piece = np.ascontiguousarray(samples[begin : begin + 1024, 0])[None]
+            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = rate, begin
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def pitch(clip: np.ndarray) -> float:
+    """The loudest frequency in Hz of a clip at 16 kHz."""
+    return float(np.abs(np.fft.rfft(clip)).argmax() * 16_000 / len(clip))
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype", "rate"),
+    [
+        ("WAV", "PCM_16", 24_000),
+        ("WAV", "FLOAT", 16_000),
+        ("WAV", "PCM_U8", 8_000),
+        ("FLAC", None, 44_100),
+        ("OGG", "VORBIS", 22_050),
+        ("OGG", "OPUS", 48_000),
+        ("MP3", None, 44_100),
+        ("MP3", None, 16_000),
+    ],
+)
+def test_formats_and_rates(form, subtype, rate):
+    data = encoded(tone(1.5, rate, channels=2), rate, form, subtype)
+    length, clip = clip_length(data), load_clip(data)
+    assert clip.dtype == np.float32
+    assert clip.ndim == 1
+    # MP3 adds its encoder's delay; the others hold what was written.
+    assert abs(length - 24_000) <= (0 if form != "MP3" else 2000)
+    assert abs(len(clip) - length) <= 1
+    assert pitch(clip) == pytest.approx(440, abs=2)
+    assert np.abs(clip[4000:20_000]).max() == pytest.approx(0.3, abs=0.03)
+
+
+def test_m4a_through_pyav():
+    data = m4a(tone(1.5, 44_100), 44_100)
+    assert clip_length(data) == pytest.approx(24_000, abs=1100)
+    clip = load_clip(data)
+    assert len(clip) == pytest.approx(24_000, abs=1100)
+    assert pitch(clip) == pytest.approx(440, abs=2)
+    assert 7_000 <= len(load_clip(data, 1000)) <= 10_000
+
+
+def test_without_pyav_the_message_names_it(monkeypatch):
+    data = m4a(tone(0.2), 16_000)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(BadRecord, match=r"PyAV, which may, is not installed \(`pip install av`\)"):
+        clip_length(data)
+
+
+def test_a_list_of_other_files_is_not_followed(tmp_path):
+    pytest.importorskip("av")
+    (tmp_path / "secret.wav").write_bytes(wav(1.0))
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path}/secret.wav\n#EXT-X-ENDLIST\n"
+    with pytest.raises(BadRecord, match="cannot be read"):
+        load_clip(playlist.encode())
+
+
+def test_channels_are_averaged():
+    left_right = np.stack([np.full(1600, 0.5), np.full(1600, -0.25)], axis=1).astype(np.float32)
+    assert np.allclose(load_clip(encoded(left_right, 16_000, "WAV", "FLOAT")), 0.125)
+
+
+def test_decoding_is_bounded():
+    assert len(load_clip(wav(5.0), max_samples=16_000)) == 16_000 + 8_000
+
+
+@pytest.mark.parametrize("data", [b"", b"not a recording", wav(1.0)[:20]])
+def test_broken_files(data):
+    with pytest.raises(BadRecord, match="embedded audio cannot be read"):
+        clip_length(data)
+
+
+def test_faults_name_the_file(tmp_path):
+    with pytest.raises(BadRecord, match=r"audio '.*gone\.wav' cannot be read"):
+        clip_length(str(tmp_path / "gone.wav"))
+    nan = encoded(np.full(1600, np.nan, np.float32), 16_000, "WAV", "FLOAT")
+    with pytest.raises(BadRecord, match="samples that are not numbers"):
+        load_clip(nan)
+
+
+def test_fit_clip_trims_and_pads_within_the_tolerance():
+    clip = np.ones(16_000, np.float32)
+    assert len(fit_clip(clip, 15_000, 0.1)) == 15_000
+    padded = fit_clip(clip, 17_000, 0.1)
+    assert (len(padded), padded[:16_000].min(), padded[16_000:].max()) == (17_000, 1.0, 0.0)
+    with pytest.raises(BadRecord, match=r"1\.00 s whose header says 0\.80 s"):
+        fit_clip(clip, 12_800, 0.1)
+    with pytest.raises(BadRecord, match=r"1\.00 s whose header says 1\.20 s"):
+        fit_clip(clip, 19_200, 0.1)
+
+
+@pytest.mark.parametrize("bins", [80, 128])
+@pytest.mark.parametrize(
+    "samples",
+    [400, 16_000, 16_001, 16_159, 24_080, 24_239, 99_999, 478_900, 479_199, 479_359, 479_999, 480_000],
+)
+def test_log_mel_equals_whisper_on_the_clip_padded_to_30_s(samples, bins):
+    extractor = WhisperFeatureExtractor(feature_size=bins)
+    clip = np.random.default_rng(samples).normal(0, 0.1, samples).astype(np.float32)
+    # The loudest sound stands at the very end, where padding could change the maximum.
+    clip[-300:] *= 20
+    whole = extractor(clip, sampling_rate=16_000, return_tensors="np")["input_features"][0]
+    frames = mel_frames(samples)
+    mel = log_mel(clip, extractor)
+    assert whole.shape == (bins, 3000)
+    assert (mel.shape, mel.dtype) == ((bins, frames), torch.float32)
+    assert np.abs(mel.numpy() - whole[:, :frames]).max() <= 1e-5

@@ -1,0 +1,165 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.unit.data.builders import png
+from train.data import images
+from train.data.images import SliceSettings, load_picture, picture_size, slices_of, to_rgb
+from train.errors import BadRecord
+
+
+def encoded(picture: Image.Image, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, form, **options)
+    return file.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def quarters() -> Image.Image:
+    """A picture of 80 x 40 with red in its upper left corner."""
+    picture = Image.new("RGB", (80, 40), "white")
+    picture.paste("red", (0, 0, 40, 20))
+    return picture
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    ("orientation", "red_corner"),
+    [(1, "00"), (2, "10"), (3, "11"), (4, "01"), (5, "00"), (6, "10"), (7, "11"), (8, "01")],
+)
+def test_exif_orientation(form, orientation, red_corner):
+    data = encoded(quarters(), form, exif=exif(orientation))
+    size = (80, 40) if orientation <= 4 else (40, 80)
+    assert picture_size(data) == size
+    picture = load_picture(data)
+    assert (picture.size, picture.mode) == (size, "RGB")
+    right, below = (int(flag) for flag in red_corner)
+    corner = picture.getpixel((5 + right * (size[0] - 10), 5 + below * (size[1] - 10)))
+    assert corner[0] > 200
+    assert corner[1] < 60
+
+
+def test_size_of_a_png_is_read_without_decoding():
+    whole = png(640, 480)
+    assert picture_size(whole[: len(whole) // 2]) == (640, 480)
+
+
+def test_damaged_exif_does_not_spoil_the_picture():
+    assert picture_size(encoded(quarters(), "JPEG", exif=b"Exif\0\0garbage")) == (80, 40)
+
+
+def test_an_orientation_that_does_not_exist():
+    data = encoded(quarters(), "JPEG", exif=exif(9))
+    assert picture_size(data) == load_picture(data).size == (80, 40)
+
+
+@pytest.mark.parametrize(
+    ("picture", "pixel"),
+    [
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 255)), (0, 0, 0)),
+        (Image.new("LA", (4, 4), (0, 0)), (255, 255, 255)),
+        (Image.new("L", (4, 4), 77), (77, 77, 77)),
+        (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        (Image.fromarray(np.full((4, 4), 0x8000, np.uint16)), (128, 128, 128)),
+        (Image.fromarray(np.full((4, 4), 0x4000, np.int32)), (64, 64, 64)),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
+        (Image.new("RGB", (4, 4), "blue").quantize(), (0, 0, 255)),
+    ],
+)
+def test_every_mode_becomes_rgb(picture, pixel):
+    rgb = to_rgb(picture)
+    assert (rgb.mode, rgb.getpixel((2, 2))) == ("RGB", pixel)
+
+
+def test_transparent_palette_and_deep_png():
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0])
+    assert load_picture(encoded(palette, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(np.full((4, 4), 0xC000, np.uint16))
+    assert load_picture(encoded(deep, "PNG")).getpixel((0, 0)) == (192, 192, 192)
+
+
+def test_broken_and_forbidden_files(tmp_path, monkeypatch):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    cut = encoded(noise, "PNG")[:4000]
+    assert picture_size(cut) == (64, 64)
+    for function, data in (
+        (load_picture, cut),
+        (picture_size, b"not a picture"),
+        (picture_size, b"%!PS-Adobe-3.0 EPSF"),
+    ):
+        with pytest.raises(BadRecord, match="embedded image cannot be read"):
+            function(data)
+    with pytest.raises(BadRecord, match=r"image '.*gone\.jpg' cannot be read"):
+        picture_size(str(tmp_path / "gone.jpg"))
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 64 - 1)
+    for function in (picture_size, load_picture):
+        with pytest.raises(BadRecord, match="has 64x64 pixels, more than the 4095 allowed"):
+            function(encoded(noise, "PNG"))
+
+
+def test_a_bomb_is_refused_by_its_header():
+    header = bytearray(png(1, 1))
+    header[16:24] = (60_000).to_bytes(4, "big") * 2  # the size in IHDR
+    with pytest.raises(BadRecord):
+        picture_size(bytes(header))
+
+
+def test_patches_are_channel_major_and_row_by_row():
+    """4 x 4 pixels in patches of 2: red counts pixels row by row, green and blue are constant."""
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[..., 0] = np.arange(16).reshape(4, 4)
+    pixels[..., 1], pixels[..., 2] = 100, 200
+    patches, sizes = slices_of(Image.fromarray(pixels), SliceSettings(max_slices=1, scale=4, patch=2))
+    assert sizes.tolist() == [[2, 2]]
+    green_blue = [100] * 4 + [200] * 4
+    assert patches.tolist() == [
+        [0, 1, 4, 5, *green_blue],
+        [2, 3, 6, 7, *green_blue],
+        [8, 9, 12, 13, *green_blue],
+        [10, 11, 14, 15, *green_blue],
+    ]
+    assert patches.dtype == torch.uint8
+
+
+def test_anchor_of_the_model_card():
+    """1480 x 720: a thumbnail of 644 x 308, then 3 x 2 cells of 518 x 378, row by row."""
+    picture = Image.new("RGB", (1480, 720))
+    for column in range(3):
+        for row in range(2):
+            box = (column * 494, row * 360, (column + 1) * 494, (row + 1) * 360)
+            picture.paste((column * 100, row * 100, 0), box)
+    patches, sizes = slices_of(picture, SliceSettings())
+    assert sizes.tolist() == [[22, 46]] + [[27, 37]] * 6
+    assert patches.shape == (22 * 46 + 6 * 27 * 37, 588)
+    cells = patches[22 * 46 :].view(6, 27, 37, 3, 14, 14)[:, 13, 18, :, 7, 7]
+    assert cells[:, :2].tolist() == [[0, 0], [100, 0], [200, 0], [0, 100], [100, 100], [200, 100]]
+
+
+def test_slices_equal_plain_resizing_and_cropping():
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (500, 1300, 3), np.uint8))
+    patches, sizes = slices_of(picture, SliceSettings())
+    layout = SliceSettings().layout(1300, 500)
+    (columns, rows), (width, height) = layout.grid, layout.cell
+    refined = picture.resize((columns * width, rows * height), Image.Resampling.BICUBIC)
+    views = [picture.resize(layout.thumbnail, Image.Resampling.BICUBIC)]
+    for row in range(rows):
+        for column in range(columns):
+            left, top = column * width, row * height
+            views.append(refined.crop((left, top, left + width, top + height)))
+    begin = 0
+    for view, (high, wide) in zip(views, sizes.tolist(), strict=True):
+        pixels = torch.from_numpy(np.array(view)).permute(2, 0, 1)
+        expected = torch.nn.functional.unfold(pixels[None].float(), 14, stride=14)[0].T
+        assert torch.equal(patches[begin : begin + high * wide].float(), expected)
+        begin += high * wide
+    assert begin == len(patches)

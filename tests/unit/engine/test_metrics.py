@@ -1,0 +1,48 @@
+"""metrics.jsonl."""
+
+import json
+from pathlib import Path
+
+from train.engine.metrics import MetricsFile, StepReport
+
+
+def report(step: int) -> StepReport:
+    return StepReport(
+        step=step,
+        loss=2.0,
+        grad_norm=0.5,
+        tokens=100,
+        supervised_tokens=10,
+        step_s=0.5,
+        data_wait_s=0.1,
+        rates={"llm": 1e-3},
+        source_losses={"captions": 2.0},
+    )
+
+
+def test_a_line_a_step(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics.on_step(report(1))
+    metrics.close()
+    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    values = json.loads(line)
+    assert values.pop("memory/peak_gib") > 0
+    assert values == {
+        "step": 1,
+        "loss": 2.0,
+        "loss/captions": 2.0,
+        "grad_norm": 0.5,
+        "lr/llm": 1e-3,
+        "tokens": 100,
+        "supervised_tokens": 10,
+        "tokens_per_s": 200.0,
+        "time/step_s": 0.5,
+        "time/data_wait_s": 0.1,
+    }
+
+
+def test_resuming_forgets_the_steps_that_are_run_again(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    MetricsFile(file, 2).close()
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -1,0 +1,18 @@
+"""Makes transformers' Auto classes know our models: `import train.auto`, then `AutoModelForCausalLM` and its kin."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+)
+
+from train.data.processor import MegrezOImageProcessor, MegrezOProcessor
+from train.modules.megrezo import MegrezO, MegrezOConfig
+
+AutoConfig.register(MegrezOConfig.model_type, MegrezOConfig, exist_ok=True)
+AutoModel.register(MegrezOConfig, MegrezO, exist_ok=True)
+AutoModelForCausalLM.register(MegrezOConfig, MegrezO, exist_ok=True)
+AutoProcessor.register(MegrezOConfig, MegrezOProcessor, exist_ok=True)
+AutoImageProcessor.register(MegrezOConfig, slow_image_processor_class=MegrezOImageProcessor, exist_ok=True)
