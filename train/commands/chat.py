@@ -24,7 +24,8 @@ def run(chosen: argparse.Namespace) -> None:
     if not (chosen.text or chosen.audio or chosen.image):
         raise OmniTuneError("nothing is asked: give a text, --audio or --image")
     chat = Chat.load(chosen.model, system_prompt=chosen.system)
-    content = {"text": chosen.text, "image": chosen.image, "audio": chosen.audio}
+    media = {kind: [str(Path(path).absolute()) for path in getattr(chosen, kind)] for kind in ("image", "audio")}
+    content = {"text": chosen.text, **media}
     answer = chat.ask(
         [{"role": "user", "content": content}],
         max_new_tokens=chosen.max_new_tokens,

@@ -2,23 +2,33 @@
 
 import argparse
 import sys
+from types import ModuleType
 
 from train.commands import chat, export
 from train.errors import OmniTuneError
 
-COMMANDS = {"chat": chat, "export": export}
+COMMANDS: dict[str, ModuleType] = {"chat": chat, "export": export}
 
 
 def main(words: list[str] | None = None) -> None:
     """Run the command that the words name; a fault of the user's ends in one message and exit code 1."""
-    parser = argparse.ArgumentParser(prog="omnitune", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        summary = (command.__doc__ or "").splitlines()[0]
-        command.arguments(commands.add_parser(name, help=summary, description=summary))
-    chosen = parser.parse_args(words)
+    words = sys.argv[1:] if words is None else words
+    summaries = {name: (command.__doc__ or "").splitlines()[0] for name, command in COMMANDS.items()}
+    listed = "\n".join(f"  {name:10} {summary}" for name, summary in summaries.items())
+    parser = argparse.ArgumentParser(
+        prog="omnitune",
+        description=f"commands:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    name = parser.parse_args(words[:1]).command
+
+    parser = argparse.ArgumentParser(prog=f"omnitune {name}", description=summaries[name])
+    COMMANDS[name].arguments(parser)
+    # Intermixed, so that a question may stand behind --image and --audio.
+    chosen = parser.parse_intermixed_args(words[1:])
     try:
-        COMMANDS[chosen.command].run(chosen)
+        COMMANDS[name].run(chosen)
     except OmniTuneError as error:
         sys.exit(f"error: {error}")
 

@@ -14,6 +14,10 @@ WINDOW = 2048
 """Records that are packed together: large enough to fill packs, small enough that shuffling survives."""
 
 
+LONG = 0.25
+"""Share of a pack above which a record is placed before the others."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a pack may hold."""
@@ -68,16 +72,20 @@ def plan_epoch(
 def pack(
     records: Sequence[int], lengths: np.ndarray, limits: Limits, *, keep_open: bool = False
 ) -> tuple[list[list[int]], list[int]]:
-    """Best-fit-decreasing packs of the records, and the records left for the next window.
+    """Best-fit packs of the records, and the records left for the next window.
 
-    A record goes into the fullest pack that it fits. With `keep_open`, packs under 97 % of the
-    tokens are dissolved again, so that the next window can fill them.
+    A record goes into the fullest pack that it fits: first the long ones, longest first, then the
+    rest in the order given, so that a pack's records are a random choice and not all of one length.
+    With `keep_open`, packs under 97 % of the tokens are dissolved again, for the next window to fill.
     """
     size = {record: tuple(int(x) for x in lengths[record]) for record in records}
+    long = [record for record in records if size[record][0] > LONG * limits.tokens]
+    short = [record for record in records if size[record][0] <= LONG * limits.tokens]
+    ordered = sorted(long, key=lambda record: -size[record][0]) + short
     packs: list[list[int]] = []
     room: list[list[int]] = []
     by_room: list[tuple[int, int]] = []
-    for record in sorted(records, key=lambda record: size[record], reverse=True):
+    for record in ordered:
         tokens, patches, frames = size[record]
         for place in range(bisect_left(by_room, (tokens, -1)), len(by_room)):
             _, index = by_room[place]

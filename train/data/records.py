@@ -12,6 +12,7 @@ import re
 import stat
 from base64 import b64decode
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -53,16 +54,32 @@ def parse_record(raw: dict[str, Any], *, root: Path, file: str, line: int) -> Re
     'Hi.'
     """
     try:
-        messages, tagged = _messages(raw, root)
-        media = {kind: _top_level_media(raw, kind, root) for kind in MEDIA}
-        if tagged or any(media.values()):
-            _place_media(messages, media)
-        turns = tuple(Turn(message.role, tuple(message.parts), message.weight) for message in messages)
-        _check(turns)
+        turns = _turns(raw, root)
+        _check_turns(turns)
+        _check_learned(turns)
     except BadRecord as fault:
         raise BadRecord(f"{file}:{line}: {fault}") from None
     kind = raw.get("type")
     return Record(turns, file, line, kind if isinstance(kind, str) else "")
+
+
+def parse_messages(messages: Sequence[Mapping[str, Any]], *, root: Path) -> Record:
+    """The checked conversation that a user wants answered: messages of `{"role", "content"}`.
+
+    Raises:
+        BadRecord: with the reason, if a message breaks a rule or a medium is missing.
+    """
+    turns = _turns({"conversations": [dict(message) for message in messages]}, root)
+    _check_turns(turns)
+    return Record(turns)
+
+
+def _turns(raw: dict[str, Any], root: Path) -> tuple[Turn, ...]:
+    messages, tagged = _messages(raw, root)
+    media = {kind: _top_level_media(raw, kind, root) for kind in MEDIA}
+    if tagged or any(media.values()):
+        _place_media(messages, media)
+    return tuple(Turn(message.role, tuple(message.parts), message.weight) for message in messages)
 
 
 def _messages(raw: dict[str, Any], root: Path) -> tuple[list[_Message], bool]:
@@ -254,8 +271,8 @@ def _split_tags(part: Part, waiting: dict[MediumKind, Any]) -> list[Part]:
     return parts
 
 
-def _check(turns: tuple[Turn, ...]) -> None:
-    """What must hold of every conversation that is learned from."""
+def _check_turns(turns: tuple[Turn, ...]) -> None:
+    """What must hold of every conversation."""
     for number, turn in enumerate(turns, 1):
         if turn.role == "system" and number > 1:
             raise BadRecord(f"turn {number} is a system turn; only the first turn may be one")
@@ -265,6 +282,10 @@ def _check(turns: tuple[Turn, ...]) -> None:
             raise BadRecord(
                 f"turn {number} is the assistant's and holds a picture or audio; only text is generated"
             )
+
+
+def _check_learned(turns: tuple[Turn, ...]) -> None:
+    """What must hold of a conversation that is learned from."""
     if not any(turn.role == "assistant" for turn in turns):
         raise BadRecord("there is no assistant turn, so nothing is learned; add one")
     if not any(turn.role == "assistant" and turn.weight for turn in turns):

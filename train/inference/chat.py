@@ -34,10 +34,10 @@ class Chat:
     ) -> str:
         """The answer to a conversation in the published form.
 
-        messages: `{"role", "content"}`, content a string or `{"text", "image", "audio"}` with paths
-        relative to the current folder. Raises BadRecord where a file cannot be used.
+        messages: `{"role", "content"}`, content a string or `{"text", "image", "audio"}` with absolute paths.
+        Raises BadRecord where a file cannot be used.
         """
-        record = parse_messages(messages, root=Path())
+        record = parse_messages(messages, root=Path("/"))
         batch = collate([self.processor.encode(record, generation_prompt=True)], [0], [0])
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         [ids] = self.model.generate(

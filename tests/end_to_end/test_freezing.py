@@ -1,0 +1,64 @@
+"""Frozen is frozen: for each of the 31 combinations of the flags, and for LoRA's base."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.runs import build_here, write_records
+from train.config import MODULES
+from train.families.megrezo import MEGREZO
+from train.modules.trainable import FROZEN, canonical_name, is_adapter, module_of
+
+pytestmark = pytest.mark.end_to_end
+
+COMBINATIONS = [flags for flags in product([False, True], repeat=len(MODULES)) if any(flags)]
+
+
+def words(folder: Path) -> list[str]:
+    return [
+        *write_records(folder),
+        "data.eval=[]",
+        "run.max_steps=2",
+        "optim.warmup_ratio=0",
+        f"run.dir={folder / 'run'}",
+    ]
+
+
+def test_there_are_31_combinations() -> None:
+    assert len(COMBINATIONS) == 31
+
+
+@pytest.mark.parametrize("flags", COMBINATIONS, ids=lambda flags: "".join("01"[flag] for flag in flags))
+def test_exactly_the_tuned_modules_change(flags: tuple[bool, ...], tmp_path: Path) -> None:
+    tuned = {name for name, flag in zip(MODULES, flags, strict=True) if flag}
+    run = build_here([*words(tmp_path), *(f"modules.tune_{name}={name in tuned}" for name in MODULES)])
+    run.trainer.fit()
+    before = load_file(run.base / "model.safetensors")
+    after = load_file(run.export() / "model.safetensors")
+    assert after.keys() == before.keys()
+    changed = {module_of(name, MEGREZO.rules) for name in before if not after[name].equal(before[name])}
+    assert changed == tuned
+    assert any(module_of(name, MEGREZO.rules) == FROZEN for name in before)
+
+
+def test_lora_leaves_the_base_alone_and_changes_the_adapter(tmp_path: Path) -> None:
+    run = build_here(["+recipe=lora", *words(tmp_path)])
+    model = run.trainer.train_step.model
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    run.trainer.fit()
+    for name, parameter in model.named_parameters():
+        module = module_of(name, MEGREZO.rules)
+        learns = is_adapter(name) or module in ("vision_proj", "audio_proj")
+        if not learns:
+            assert parameter.equal(start[name]), name
+    lora_b = [name for name in start if ".lora_B." in name]
+    assert lora_b
+    weights = dict(model.named_parameters())
+    assert not any(weights[name].equal(start[name]) for name in lora_b)
+    assert {module_of(name, MEGREZO.rules) for name in lora_b} == {"llm"}
+    base = load_file(run.base / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        if ".base_layer." in name:
+            assert parameter.equal(base[canonical_name(name)])

@@ -1,0 +1,79 @@
+"""Real runs for tests: small record files of the sample, launched processes, and runs built in this process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from train.commands.options import compose_options
+from train.engine.build import Run, build
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "data" / "sample"
+
+
+def write_records(folder: Path, *, train: int = 24, held_out: int = 6) -> list[str]:
+    """Record files of the sample's first lines, and the Hydra words that make them the data."""
+    words = []
+    for name, source, count in (("train", "train", train), ("eval", "heldout", held_out)):
+        lines = (SAMPLE / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        file = folder / f"{name}.jsonl"
+        file.write_text("\n".join(lines), encoding="utf-8")
+        words.append(f"data.{name}=[{{path: {file}, root: {SAMPLE}}}]")
+    return words
+
+
+def launch(words: list[str], *, processes: int = 1, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run training in processes of its own (gloo on the CPU), as launch.sh does."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") and "WANDB" not in name
+    }
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*launcher, "train/main.py", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def succeed(words: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+    """`launch`, and insist on success."""
+    done = launch(words, **how)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+def build_here(words: list[str]) -> Run:
+    """A run built in this process, after forgetting the one before."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    return build(*compose_options(["engine=none", "tracker=none", "data.workers=0", *words]))
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of each step of a run."""
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """What a process said at last on standard error, without terminal codes."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", done.stderr)
