@@ -94,9 +94,7 @@ def make_sample(
         input_ids=input_ids,
         labels=input_ids.where(is_learned, IGNORE_INDEX),
         loss_weights=weights * is_learned,
-        patches=torch.randint(
-            0, 256, (patches, 3 * config.patch_size**2), dtype=torch.uint8, generator=random
-        ),
+        patches=torch.randint(0, 256, (patches, 3 * config.patch_size**2), dtype=torch.uint8, generator=random),
         slice_sizes=torch.tensor(slices, dtype=torch.int64).reshape(-1, 2),
         image_places=_cat(places[: len(slices)]),
         mel=torch.randn(config.audio_config["n_mels"], sum(clips), generator=random),

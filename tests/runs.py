@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,15 +39,17 @@ def launch(words: list[str], *, processes: int = 1, timeout_s: float = 300) -> s
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*launcher, "train/main.py", *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+    command = [*launcher, "train/main.py", *words]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the ranks too, not the launcher alone
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def succeed(words: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
@@ -72,8 +74,3 @@ def losses(folder: Path) -> list[float]:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """What a process said at last on standard error, without terminal codes."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", done.stderr)

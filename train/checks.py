@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from train.config import MODULES, Engine, Init, Options
+from train.config import MODULES, Engine, Options
 from train.errors import ConfigError
 
 
@@ -28,20 +28,27 @@ def check(options: Options, world_size: int = 1) -> None:
 
 
 def _model_faults(options: Options) -> list[str]:
-    path = options.model.path
+    name, path = model_folder(options)
     if not path:
         return ["model.path is not set: name the folder of the model, model.path=/path/to/model"]
     folder = Path(path)
     if not folder.is_dir():
-        return [f"model.path: there is no folder '{path}'"]
+        return [f"{name}: there is no folder '{path}'"]
     if not (folder / "config.json").is_file():
-        return [f"model.path: '{path}' has no config.json, so it is not a model folder"]
-    if options.model.init is Init.pretrained and not any(folder.glob("*.safetensors")):
+        return [f"{name}: '{path}' has no config.json, so it is not a model folder"]
+    if options.model.path and not any(folder.glob("*.safetensors")):
         return [
             f"model.path: '{path}' has no weights (*.safetensors); "
-            "download them, or start from nothing with model.init=random"
+            f"download them, or start from nothing with model.path=null model.random_from={path}"
         ]
     return []
+
+
+def model_folder(options: Options) -> tuple[str, str]:
+    """The option that names the model folder, and the folder ("" where neither does)."""
+    if options.model.path:
+        return "model.path", options.model.path
+    return "model.random_from", options.model.random_from or ""
 
 
 def _data_faults(options: Options) -> list[str]:
@@ -122,7 +129,9 @@ def _number_faults(options: Options) -> list[str]:
         "optim.min_lr_ratio": optim.min_lr_ratio,
         "lora.dropout": lora.dropout,
     }
-    faults += [f"{name} is {value}; it must lie between 0 and 1" for name, value in shares.items() if not 0 <= value <= 1]
+    faults += [
+        f"{name} is {value}; it must lie between 0 and 1" for name, value in shares.items() if not 0 <= value <= 1
+    ]
     if not all(0 <= beta < 1 for beta in optim.betas):
         faults.append(f"optim.betas is {list(optim.betas)}; both must lie between 0 and 1")
     if run.resume not in ("auto", "never") and not Path(run.resume).is_dir():

@@ -10,11 +10,6 @@ MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj"
 """The parts of an omni model that learn or rest apart from each other."""
 
 
-class Init(StrEnum):
-    pretrained = "pretrained"
-    random = "random"
-
-
 class TooLong(StrEnum):
     quarantine = "quarantine"
     cut_text = "cut_text"
@@ -54,9 +49,9 @@ class Tracker(StrEnum):
 @dataclass
 class ModelOptions:
     path: str | None = None
-    """Model folder: config.json, tokenizer, preprocessor settings and (unless `init=random`) weights."""
-    init: Init = Init.pretrained
-    """`pretrained` loads the folder's weights; `random` draws them from `run.seed`."""
+    """Model folder to start from: config.json, tokenizer, preprocessor settings, weights (safetensors)."""
+    random_from: str | None = None
+    """Where `path` is null: a model folder without weights, which are drawn from `run.seed`."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Hydra entry point: compose the options, build the run, train, export.
 
-    accelerate launch train/main.py +recipe=full
+accelerate launch train/main.py +recipe=full
 """
 
 import sys

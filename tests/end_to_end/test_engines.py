@@ -70,6 +70,4 @@ def test_lora_on_two_ranks(engine: str, tmp_path: Path) -> None:
     exported = load_file(run / "export" / "model.safetensors")
     assert exported.keys() == base.keys()
     assert exported["llm.model.embed_tokens.weight"].equal(base["llm.model.embed_tokens.weight"])
-    assert not exported["llm.model.layers.0.mlp.up_proj.weight"].equal(
-        base["llm.model.layers.0.mlp.up_proj.weight"]
-    )
+    assert not exported["llm.model.layers.0.mlp.up_proj.weight"].equal(base["llm.model.layers.0.mlp.up_proj.weight"])

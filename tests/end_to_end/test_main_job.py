@@ -26,7 +26,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "train.jsonl").open("a") as file:
         file.write(f"\n{broken}")
     succeed(
-        ["+recipe=full", *data, f"run.dir={folder / 'run'}", "run.max_steps=4", "run.save_every=2", "data.max_tokens=256"]
+        [
+            "+recipe=full",
+            *data,
+            f"run.dir={folder / 'run'}",
+            "run.max_steps=4",
+            "run.save_every=2",
+            "data.max_tokens=256",
+        ]
     )
     return folder / "run"
 
@@ -51,9 +58,15 @@ def test_the_folder_holds_what_is_promised(run: Path) -> None:
 def test_metrics_tell_each_step_and_each_evaluation(run: Path) -> None:
     lines = metrics(run)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
-    assert {"loss", "loss/train", "grad_norm", "lr/llm", "tokens", "supervised_tokens", "time/data_wait_s"} <= set(
-        lines[1]
-    )
+    assert {
+        "loss",
+        "loss/train",
+        "grad_norm",
+        "lr/llm",
+        "tokens",
+        "supervised_tokens",
+        "time/data_wait_s",
+    } <= set(lines[1])
     assert {"eval/loss", "eval/exact_match"} <= set(lines[0])
     assert losses(run)[-1] < losses(run)[0]
 
@@ -87,7 +100,15 @@ def test_the_export_gives_the_trained_models_logits(tmp_path: Path) -> None:
 
 
 def test_export_from_a_checkpoint_equals_the_runs_own(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "train.commands.main", "export", str(run), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "train.commands.main",
+        "export",
+        str(run),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     mine, its = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run / "export"))
     assert mine.keys() == its.keys()
@@ -98,7 +119,12 @@ def test_export_from_a_checkpoint_equals_the_runs_own(run: Path, tmp_path: Path)
 def test_chat_answers(run: Path) -> None:
     command = [
         *(sys.executable, "-m", "train.commands.main", "chat", str(run / "export")),
-        *("--image", str(SAMPLE / "images/heldout/0001.png"), "--audio", str(SAMPLE / "audio/heldout/0001.opus")),
+        *(
+            "--image",
+            str(SAMPLE / "images/heldout/0001.png"),
+            "--audio",
+            str(SAMPLE / "audio/heldout/0001.opus"),
+        ),
         *("What color is the object?", "--max-new-tokens", "4"),
     ]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -108,7 +134,14 @@ def test_chat_answers(run: Path) -> None:
 def test_a_resumed_run_goes_on_bit_for_bit(run: Path, tmp_path: Path) -> None:
     whole = losses(run)
     data = [f"data.{name}=[{{path: {run.parent / name}.jsonl, root: {SAMPLE}}}]" for name in ("train", "eval")]
-    words = ["+recipe=full", *data, "data.max_tokens=256", "run.max_steps=4", "tracker=none", "run.save_every=2"]
+    words = [
+        "+recipe=full",
+        *data,
+        "data.max_tokens=256",
+        "run.max_steps=4",
+        "tracker=none",
+        "run.save_every=2",
+    ]
     checkpoint = run / "checkpoints" / "step-000002"
     succeed([*words, f"run.dir={tmp_path / 'again'}", f"run.resume={checkpoint}"])
     assert losses(tmp_path / "again") == whole[2:]
@@ -120,7 +153,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(run: Path, tmp_path: Path) -> None:
         (["run.max_step=3"], "Could not override 'run.max_step'"),
         (["run.max_steps=many"], "Value 'many' of type 'str' could not be converted to Integer"),
         (["data.train=[{path: missing.jsonl}]"], "data.train[0].path: there is no file 'missing.jsonl'"),
-        (["model.init=pretrained"], "'data/tiny' has no weights (*.safetensors)"),
+        (["model.path=data/tiny"], "'data/tiny' has no weights (*.safetensors)"),
         (["+recipe=lora", "modules.tune_llm=false"], "LoRA has nothing to adapt"),
         ([f"modules.tune_{name}=false" for name in MODULES], "nothing is tuned: set at least one of"),
     ],

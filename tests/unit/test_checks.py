@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from train.checks import check
-from train.config import MODULES, Engine, Init, ModelOptions, Options, SourceOptions
+from train.config import MODULES, Engine, ModelOptions, Options, SourceOptions
 from train.errors import ConfigError
 
 
@@ -13,7 +13,7 @@ from train.errors import ConfigError
 def options(tmp_path: Path) -> Options:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "records.jsonl").write_text("{}\n")
-    options = Options(model=ModelOptions(path=str(tmp_path), init=Init.random))
+    options = Options(model=ModelOptions(random_from=str(tmp_path)))
     options.data.train = [SourceOptions(path=str(tmp_path / "records.jsonl"))]
     return options
 
@@ -57,13 +57,13 @@ def test_lora_of_an_unknown_module(options: Options) -> None:
 
 
 def test_a_folder_without_weights(options: Options) -> None:
-    options.model.init = Init.pretrained
+    options.model.path = options.model.random_from
     assert "has no weights (*.safetensors)" in faults(options)[0]
 
 
 @pytest.mark.parametrize(("path", "said"), [(None, "is not set"), ("nowhere", "there is no folder")])
 def test_a_missing_model(options: Options, path: str | None, said: str) -> None:
-    options.model.path = path
+    options.model = ModelOptions(path=path)
     assert said in faults(options)[0]
 
 

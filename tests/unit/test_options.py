@@ -47,7 +47,7 @@ def test_every_group_composes(word: str) -> None:
 
 
 def test_an_unknown_key_is_an_error() -> None:
-    with pytest.raises(ConfigCompositionException, match="Could not override 'run.max_step'"):
+    with pytest.raises(ConfigCompositionException, match=r"Could not override 'run\.max_step'"):
         compose_options(["run.max_step=3"])
 
 

@@ -16,8 +16,8 @@ def run(chosen: argparse.Namespace) -> None:
     """Export, and say where to."""
     from omegaconf import OmegaConf
 
-    from train.config import Init, Options
-    from train.engine.build import export_arguments
+    from train.config import Options
+    from train.engine.build import RANDOM_MODEL, export_arguments
     from train.engine.checkpoint import STATE, load_trained_state
     from train.families import find
     from train.inference.export import export
@@ -29,7 +29,7 @@ def run(chosen: argparse.Namespace) -> None:
         raise CheckpointError(f"'{folder}' has no config.yaml, so '{checkpoint}' is not a checkpoint of a run")
     options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.load(config)))
     assert isinstance(options, Options)
-    base = folder / "initial_model" if options.model.init is Init.random else Path(options.model.path or "")
+    base = Path(options.model.path) if options.model.path else folder / RANDOM_MODEL
     out = chosen.out or folder / "export"
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"'{out}' is not empty; name another folder with --out")

@@ -1,6 +1,5 @@
 """Hydra: the schema, the recipes, and the way from command-line words to typed options."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from train.config import Options
-from train.errors import ConfigError
 
 _HERE = Path(__file__).resolve()
 CONFIGS = _HERE.parents[1] / "configs"

@@ -125,9 +125,7 @@ def _content(text: str, specials: tuple[str, ...], weight: float) -> Iterator[Se
 
 def _merged(segments: Iterator[Segment]) -> list[Segment]:
     merged: list[Segment] = []
-    for (is_text, weight), group in groupby(
-        segments, key=lambda segment: (segment.kind == "text", segment.weight)
-    ):
+    for (is_text, weight), group in groupby(segments, key=lambda segment: (segment.kind == "text", segment.weight)):
         if is_text:
             merged.append(Segment("text", "".join(str(segment.content) for segment in group), weight))
         else:

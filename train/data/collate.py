@@ -23,7 +23,11 @@ def collate(samples: Sequence[Sample], sources: Sequence[int], records: Sequence
     learned = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     weights = torch.cat([sample.loss_weights for sample in samples])[learned]
     if len(learned) == 0:
-        positions, targets, weights = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+        positions, targets, weights = (
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(1),
+        )
     else:
         positions, targets = learned - 1, labels[learned]
     source_of_sample = torch.tensor(sources, dtype=torch.int64)

@@ -97,9 +97,7 @@ def _patches(picture: Image.Image, size: tuple[int, int], grid: tuple[int, int],
     """The resized picture cut into a grid of cells, each into patches: uint8 (P, 3·patch²)."""
     columns, rows = grid
     pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
-    cells = pixels.reshape(
-        rows, size[1] // rows // patch, patch, columns, size[0] // columns // patch, patch, 3
-    )
+    cells = pixels.reshape(rows, size[1] // rows // patch, patch, columns, size[0] // columns // patch, patch, 3)
     # (row, y, patch y, column, x, patch x, channel) -> (row, column, y, x, channel, patch y, patch x)
     return cells.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
 

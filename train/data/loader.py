@@ -1,5 +1,6 @@
 """From record files to the batches of each step: measured once, planned ahead, decoded in workers."""
 
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,9 +63,7 @@ class Measured:
         """Indices of each source's usable records."""
         starts = np.concatenate([[0], self.ends[:-1]])
         usable = self.lengths[:, 0] > 0
-        return [
-            np.flatnonzero(usable[start:end]) + start for start, end in zip(starts, self.ends, strict=True)
-        ]
+        return [np.flatnonzero(usable[start:end]) + start for start, end in zip(starts, self.ends, strict=True)]
 
 
 class RecordSet:
@@ -231,12 +230,17 @@ def load_steps(
     prefetch: int = 2,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """The rank's batches of every step from (epoch, step_in_epoch) on, decoded ahead in `workers` processes."""
+    """The rank's batches of every step from (epoch, step_in_epoch) on, decoded ahead in `workers` processes.
+
+    Workers come from a server process: forked from this one, with its threads, they sometimes hang for ever.
+    """
+    multiprocessing.set_forkserver_preload(["torch", "transformers", "train.data.processor"])
     return DataLoader(
         _Decode(records),
         batch_size=None,
         sampler=_RankSteps(plan, rank, world_size, epoch, step_in_epoch),  # type: ignore[arg-type]
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
         pin_memory=pin_memory,
     )

@@ -27,9 +27,7 @@ class Limits:
     frames: int
 
 
-def choose_records(
-    records: Sequence[np.ndarray], weights: Sequence[float], rng: np.random.Generator
-) -> np.ndarray:
+def choose_records(records: Sequence[np.ndarray], weights: Sequence[float], rng: np.random.Generator) -> np.ndarray:
     """Indices of an epoch's records, shuffled: each of source s's `records[s]` `weights[s]` times.
 
     The whole part of a weight takes every record; the rest takes a fresh random share of them.

@@ -183,9 +183,7 @@ class MegrezOProcessor(ProcessorMixin):
         saved = _read_json(folder, "processor_config.json", hub)
         pictures = _read_json(folder, "preprocessor_config.json", hub) or saved.get("image_processor")
         if not pictures:
-            raise CheckpointError(
-                f"'{folder}' has no preprocessor_config.json; copy it from the published model"
-            )
+            raise CheckpointError(f"'{folder}' has no preprocessor_config.json; copy it from the published model")
         pictures.setdefault("image_feature_size", config.get("query_num", 64))
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **hub)
@@ -199,27 +197,21 @@ class MegrezOProcessor(ProcessorMixin):
         if "n_ctx" in audio:  # encoder frames of 20 ms
             mel_settings["chunk_length"] = audio["n_ctx"] // 50
         settings = {
-            key: saved[key]
-            for key in ("system_prompt", "long_audio", "audio_pool", "audio_bos_eos")
-            if key in saved
+            key: saved[key] for key in ("system_prompt", "long_audio", "audio_pool", "audio_bos_eos") if key in saved
         }
         if "avg_pool" in audio:
             settings["audio_pool"] = audio["avg_pool"]
         if "add_audio_bos_eos_token" in audio:
             settings["audio_bos_eos"] = audio["add_audio_bos_eos_token"]
         settings |= {key: kwargs[key] for key in ("system_prompt", "long_audio") if key in kwargs}
-        return cls(
-            MegrezOImageProcessor(**pictures), WhisperFeatureExtractor(**mel_settings), tokenizer, **settings
-        )
+        return cls(MegrezOImageProcessor(**pictures), WhisperFeatureExtractor(**mel_settings), tokenizer, **settings)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:  # type: ignore[override]
         """Write the processor's files, preprocessor_config.json with the published keys among them."""
         written = super().save_pretrained(str(save_directory), **kwargs)
         return written + self.image_processor.save_pretrained(str(save_directory))
 
-    def measure(
-        self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine"
-    ) -> Lengths:
+    def measure(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Lengths:
         """The lengths that `encode` will give, from headers alone; what is too long fails here already."""
         with _located(record):
             tokens = self._lay_out(record, False, max_tokens, too_long)
@@ -279,9 +271,7 @@ class MegrezOProcessor(ProcessorMixin):
         answer = _last_answer(record)
         return "" if answer is None else "".join(str(part.content) for part in record.turns[answer].parts)
 
-    def _lay_out(
-        self, record: Record, generation_prompt: bool, max_tokens: int | None, too_long: TooLong
-    ) -> _Tokens:
+    def _lay_out(self, record: Record, generation_prompt: bool, max_tokens: int | None, too_long: TooLong) -> _Tokens:
         tokens = _Tokens()
         for segment in self.template.render(
             record.turns, system_prompt=self.system_prompt, generation_prompt=generation_prompt
@@ -304,9 +294,7 @@ class MegrezOProcessor(ProcessorMixin):
             )
         tokens.cut(max_tokens)
         if not any(tokens.weights):
-            raise BadRecord(
-                f"of its {length} tokens the first {max_tokens} hold nothing that is learned; shorten it"
-            )
+            raise BadRecord(f"of its {length} tokens the first {max_tokens} hold nothing that is learned; shorten it")
         return tokens
 
     def _lay_out_picture(self, tokens: _Tokens, source: MediaSource) -> None:

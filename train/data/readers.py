@@ -44,9 +44,7 @@ class Source:
 
     def _as_object(self, index: int, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise self._bad(
-                index, f"a JSON object was expected, found {type(value).__name__}; put one record here"
-            )
+            raise self._bad(index, f"a JSON object was expected, found {type(value).__name__}; put one record here")
         return value
 
 
@@ -65,15 +63,11 @@ class JsonLines(Source):
         begin, end = map(int, self._spans[index])
         if end - begin > MAX_LINE_BYTES:
             limit = MAX_LINE_BYTES // 2**20
-            raise self._bad(
-                index, f"the line has {end - begin} bytes, more than {limit} MiB; keep media in files"
-            )
+            raise self._bad(index, f"the line has {end - begin} bytes, more than {limit} MiB; keep media in files")
         try:
             value = _parse_json(self._read(begin, end))
         except UnicodeDecodeError as error:
-            raise self._bad(
-                index, f"not UTF-8 ({error.reason} at byte {error.start}); convert the file"
-            ) from None
+            raise self._bad(index, f"not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
         except (ValueError, RecursionError) as error:
             raise self._bad(index, f"invalid JSON ({error}); correct the line or remove it") from None
         return self._as_object(index, value)
@@ -155,13 +149,9 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
     except FileNotFoundError:
         raise OmniTuneError(f"data file '{path}' does not exist; correct its path") from None
     except IsADirectoryError:
-        raise OmniTuneError(
-            f"data file '{path}' is a folder; name the file in it that holds the records"
-        ) from None
+        raise OmniTuneError(f"data file '{path}' is a folder; name the file in it that holds the records") from None
     except OSError as error:
-        raise OmniTuneError(
-            f"data file '{path}' cannot be opened ({error.strerror}); check its rights"
-        ) from None
+        raise OmniTuneError(f"data file '{path}' cannot be opened ({error.strerror}); check its rights") from None
     source = (_FORMATS.get(format) or _format_of(head))(path)
     if not len(source):
         raise OmniTuneError(f"data file '{path}' holds no records; remove it from the options or fill it")

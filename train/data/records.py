@@ -84,11 +84,7 @@ def _turns(raw: dict[str, Any], root: Path) -> tuple[Turn, ...]:
 
 def _messages(raw: dict[str, Any], root: Path) -> tuple[list[_Message], bool]:
     """The turns of a record, and whether its texts mark media by tags (the LLaVA format)."""
-    entries = (
-        raw["messages"]
-        if raw.get("conversations") is None and "messages" in raw
-        else raw.get("conversations")
-    )
+    entries = raw["messages"] if raw.get("conversations") is None and "messages" in raw else raw.get("conversations")
     if not isinstance(entries, list) or not entries:
         raise BadRecord("no turns found; give a list of them under 'conversations' or 'messages'")
     tagged = False
@@ -127,9 +123,7 @@ def _parts(content: Any, root: Path) -> list[Part]:
     if isinstance(content, list):
         return [part for item in content for part in _item(item, root)]
     if not isinstance(content, dict):
-        raise BadRecord(
-            f"the content of a turn is {type(content).__name__}; write a text, an object or a list"
-        )
+        raise BadRecord(f"the content of a turn is {type(content).__name__}; write a text, an object or a list")
     if unknown := [name for name in content if name not in ("text", *MEDIA) and content[name] is not None]:
         raise BadRecord(f"the content of a turn has the unknown key '{unknown[0]}'; use text, image or audio")
     media = [_medium(kind, value, root) for kind in MEDIA for value in _many(content.get(kind))]
@@ -188,9 +182,7 @@ def _medium(kind: MediumKind, value: Any, root: Path) -> Part:
             raise BadRecord(f"{kind} '{head}' is a data URL without base64; encode it so, or give a path")
         return Part(kind, _decode_base64(kind, data))
     if _URL.match(value):
-        raise BadRecord(
-            f"{kind} '{value}' is a URL, and nothing is fetched; save it under root and give its path"
-        )
+        raise BadRecord(f"{kind} '{value}' is a URL, and nothing is fetched; save it under root and give its path")
     return Part(kind, _contained_file(kind, value, root))
 
 
@@ -247,9 +239,7 @@ def _place_media(messages: list[_Message], media: dict[MediumKind, list[Part]]) 
         if parts and not tags[kind]:
             leading += parts
         elif tags[kind] != len(parts):
-            raise BadRecord(
-                f"{tags[kind]} <{kind}> tag(s) for {len(parts)} {kind}(s); write one tag for each, or none"
-            )
+            raise BadRecord(f"{tags[kind]} <{kind}> tag(s) for {len(parts)} {kind}(s); write one tag for each, or none")
     waiting = {kind: iter(parts) for kind, parts in media.items()}
     for message in asked:
         message.parts[:] = [placed for part in message.parts for placed in _split_tags(part, waiting)]
@@ -279,9 +269,7 @@ def _check_turns(turns: tuple[Turn, ...]) -> None:
         if all(part.kind == "text" and not str(part.content).strip() for part in turn.parts):
             raise BadRecord(f"turn {number} ({turn.role}) is empty; fill it or remove it")
         if turn.role == "assistant" and any(part.kind != "text" for part in turn.parts):
-            raise BadRecord(
-                f"turn {number} is the assistant's and holds a picture or audio; only text is generated"
-            )
+            raise BadRecord(f"turn {number} is the assistant's and holds a picture or audio; only text is generated")
 
 
 def _check_learned(turns: tuple[Turn, ...]) -> None:

@@ -1,14 +1,9 @@
 """Options into objects: the one place that knows both."""
 
-import json
 import logging
-import platform
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +14,12 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
-from train.checks import check, tuned_modules
-from train.config import Init, Options, Precision, SourceOptions, Tracker
+from train.checks import check, model_folder, tuned_modules
+from train.config import Options, Precision, SourceOptions, Tracker
 from train.data.loader import Measured, RecordSet, SourceSpec, StepPlan, load_steps
 from train.data.plan import Limits
 from train.engine.checkpoint import Checkpoints, trained_state
+from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
 from train.engine.launch import make_accelerator, offloads, world_size, zero_stage
 from train.engine.metrics import MetricsFile, Observer, Profiler, Progress
@@ -40,7 +36,8 @@ from train.modules.trainable import choose_trainable, parameter_groups
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "wandb", "hydra-core", "omnitune")
+RANDOM_MODEL = "initial_model"
+"""Folder in a run's folder that holds the random model it started from."""
 
 
 @dataclass
@@ -72,7 +69,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     Raises ConfigError with all faults of the options before anything is loaded.
     """
     check(options, world_size())
-    family = find(options.model.path or "")
+    family = find(model_folder(options)[1])
     _check_family(options, family)
     accelerator = make_accelerator(options)
     folder = _make_folder(options, accelerator)
@@ -137,7 +134,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         trainer.resume(found)
     if accelerator.is_main_process:
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-        _write_environment(folder, accelerator)
+        write_environment(folder, accelerator)
         trainer.observers = _observers(options, resolved, folder, trainer)
     _describe(options, accelerator, model, plan, total_steps)
     return Run(options, accelerator, trainer, folder, base)
@@ -200,12 +197,11 @@ def _make_folder(options: Options, accelerator: Accelerator) -> Path:
 
 def _base_model(options: Options, folder: Path, accelerator: Accelerator) -> Path:
     """The folder of the model that training starts from; a random one is written out first."""
-    given = Path(options.model.path or "")
-    if options.model.init is Init.pretrained:
-        return given
-    base = folder / "initial_model"
+    if options.model.path:
+        return Path(options.model.path)
+    base = folder / RANDOM_MODEL
     if accelerator.is_main_process and not base.exists():
-        write_random_model(given, base, options.run.seed)
+        write_random_model(Path(options.model.random_from or ""), base, options.run.seed)
     accelerator.wait_for_everyone()
     return base
 
@@ -288,7 +284,6 @@ def _make_evaluator(
         generate=options.eval.generate,
         max_new_tokens=options.eval.max_new_tokens,
         batch_size=options.eval.batch_size,
-        workers=options.data.workers,
     )
 
 
@@ -303,40 +298,6 @@ def _observers(options: Options, resolved: dict[str, Any], folder: Path, trainer
     if options.tracker.name is Tracker.wandb:
         observers.append(WandbTracker(options.tracker, name=options.run.name, folder=folder, config=resolved))
     return observers
-
-
-def _write_environment(folder: Path, accelerator: Accelerator) -> None:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    environment = {
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": _commit(),
-        "command": sys.argv,
-        "world_size": accelerator.num_processes,
-        "device": str(accelerator.device),
-    }
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-
-
-def _commit() -> str | None:
-    """The project's commit, with "+" where files were changed since; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
 
 
 def _describe(options: Options, accelerator: Accelerator, model: nn.Module, plan: StepPlan, steps: int) -> None:

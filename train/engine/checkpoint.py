@@ -85,7 +85,10 @@ class Checkpoints:
         return final
 
     def _setting(self) -> dict[str, Any]:
-        return {"world_size": self.accelerator.num_processes, "engine": str(self.accelerator.distributed_type.value)}
+        return {
+            "world_size": self.accelerator.num_processes,
+            "engine": str(self.accelerator.distributed_type.value),
+        }
 
     def _forget_old(self) -> None:
         if self.keep_last:

@@ -70,10 +70,9 @@ class Evaluator:
         generate: bool,
         max_new_tokens: int,
         batch_size: int,
-        workers: int,
     ):
         self.accelerator, self.records, self.measured = accelerator, records, measured
-        self.generate, self.max_new_tokens, self.workers = generate, max_new_tokens, workers
+        self.generate, self.max_new_tokens = generate, max_new_tokens
         usable = np.concatenate(measured.by_source())
         if max_records and max_records < len(usable):
             usable = usable[np.linspace(0, len(usable) - 1, max_records).round().astype(int)]
@@ -143,8 +142,7 @@ class Evaluator:
         """This rank's groups; equally many on every rank, since each is a set of collectives."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         groups = groups + [[]] * (-len(groups) % world_size)
-        workers = min(self.workers, 1)
-        return DataLoader(dataset, batch_size=None, sampler=groups[rank::world_size], num_workers=workers)
+        return DataLoader(dataset, batch_size=None, sampler=groups[rank::world_size])
 
     def _summed(self, values: torch.Tensor) -> torch.Tensor:
         summed = self.accelerator.reduce(values.to(self.accelerator.device, torch.float32), reduction="sum")

@@ -18,7 +18,13 @@ from accelerate.utils import (
 
 from train.config import Engine, Options, Precision
 
-_STAGES = {Engine.zero1: 1, Engine.zero2: 2, Engine.zero3: 3, Engine.zero2_offload: 2, Engine.zero3_offload: 3}
+_STAGES = {
+    Engine.zero1: 1,
+    Engine.zero2: 2,
+    Engine.zero3: 3,
+    Engine.zero2_offload: 2,
+    Engine.zero3_offload: 3,
+}
 
 
 def zero_stage(options: Options) -> int:
@@ -121,9 +127,7 @@ def _single_process_rendezvous() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def close(accelerator: Accelerator, model: Any) -> None:

@@ -11,14 +11,13 @@ from train.modules.trainable import Group
 
 def make_optimizer(groups: list[Group], optim: OptimOptions, *, offload: bool) -> torch.optim.Optimizer:
     """AdamW with one parameter group per (module, decay); DeepSpeed's own on the CPU where it offloads."""
-    parameters = [
-        {"params": group.parameters, "lr": group.lr, "weight_decay": group.weight_decay} for group in groups
-    ]
+    parameters = [{"params": group.parameters, "lr": group.lr, "weight_decay": group.weight_decay} for group in groups]
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, betas=optim.betas, eps=optim.eps, adamw_mode=True)
-    return torch.optim.AdamW(parameters, betas=tuple(optim.betas), eps=optim.eps, fused=True)
+    beta1, beta2 = optim.betas
+    return torch.optim.AdamW(parameters, betas=(beta1, beta2), eps=optim.eps, fused=True)
 
 
 class LearningRates:

@@ -6,7 +6,7 @@ loss = Σ weight · cross-entropy / Σ weight, over all supervised tokens of the
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +39,13 @@ class TrainStep:
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, *, sources: int, max_grad_norm: float
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        sources: int,
+        max_grad_norm: float,
     ):
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.sources, self.max_grad_norm = sources, max_grad_norm
@@ -89,12 +95,14 @@ class TrainStep:
         return output.token_losses
 
     def _without_reduction(self) -> AbstractContextManager:
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
 
     def _update(self) -> float:
         """Clip and step (DeepSpeed did both in its last backward); returns the norm before clipping."""
         if self._deepspeed:
-            return float(self.model.get_global_grad_norm())
+            return float(cast(Any, self.model).get_global_grad_norm())
         limit = self.max_grad_norm or float("inf")
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()

@@ -19,7 +19,10 @@ class WandbTracker:
     def __init__(self, options: TrackerOptions, *, name: str, folder: Path, config: dict[str, Any]):
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         if mode == "offline":
-            log.info("W&B has no API key, so it records offline; `wandb sync %s/wandb/offline-run-*` uploads", folder)
+            log.info(
+                "W&B has no API key, so it records offline; `wandb sync %s/wandb/offline-run-*` uploads",
+                folder,
+            )
         arguments: dict[str, Any] = {
             "project": options.project,
             "tags": options.tags,

@@ -66,9 +66,10 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end of the plan, evaluating and saving on the way."""
+        steps = self._fetch()  # the workers start now, and decode while the model is evaluated
         if self.position.step == 0 and self.rhythm.evaluate_first:
             self.evaluate()
-        for fetched, wait_s in self._fetch():
+        for fetched, wait_s in steps:
             self._train_on(fetched, wait_s)
             step, last = self.position.step, self.position.step == self.rhythm.total_steps
             if last or _is_due(step, self.rhythm.eval_every):
@@ -89,15 +90,13 @@ class Trainer:
 
     def _fetch(self) -> Iterator[tuple[Fetched, float]]:
         """This rank's share of each step still to do, and the seconds it was waited for."""
-        if self.position.step >= self.rhythm.total_steps:
-            return
+        todo = self.rhythm.total_steps - self.position.step
+        if todo <= 0:
+            return iter(())
         steps = iter(self.steps_from(self.position.epoch, self.position.step_in_epoch))
         if self.rhythm.one_batch:
             steps = repeat(next(steps))
-        for _ in range(self.position.step, self.rhythm.total_steps):
-            began = time.perf_counter()
-            fetched = next(steps)
-            yield fetched, time.perf_counter() - began
+        return (_timed(steps) for _ in range(todo))
 
     def _train_on(self, fetched: Fetched, wait_s: float) -> None:
         began = time.perf_counter()
@@ -120,6 +119,11 @@ class Trainer:
         )
         for observer in self.observers:
             observer.on_step(report)
+
+
+def _timed(steps: Iterator[Fetched]) -> tuple[Fetched, float]:
+    began = time.perf_counter()
+    return next(steps), time.perf_counter() - began
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -29,9 +29,7 @@ class Chat:
         model = family.load_model(folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model.eval(), processor)
 
-    def ask(
-        self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int = 512, temperature: float = 0.0
-    ) -> str:
+    def ask(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int = 512, temperature: float = 0.0) -> str:
         """The answer to a conversation in the published form.
 
         messages: `{"role", "content"}`, content a string or `{"text", "image", "audio"}` with absolute paths.

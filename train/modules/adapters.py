@@ -41,7 +41,7 @@ def add_adapters(
     config = LoraConfig(
         target_modules=names,
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a number; peft divides it by the rank
         lora_dropout=settings.dropout,
         modules_to_save=[root for module in fully_tuned for root in _roots(model, rules, module)] or None,
     )
@@ -67,7 +67,7 @@ def merge(model: PeftModel) -> nn.Module:
 def save_adapter(model: PeftModel, folder: Path, base: Path | str) -> None:
     """Write the adapter as peft itself loads it onto the model of folder `base`."""
     model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
 
 
 def _targets(model: nn.Module, rules: Rules, targets: Mapping[str, Sequence[str]]) -> Iterator[str]:

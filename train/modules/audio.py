@@ -66,9 +66,7 @@ class AudioEncoder(nn.Module):
         """
         frames = (clip_frames // 2).tolist()
         hidden = self._convolve(mel.to(self.conv1.weight.dtype), clip_frames.tolist())
-        hidden = hidden + torch.cat([self.positional_embedding[:length] for length in frames]).to(
-            hidden.dtype
-        )
+        hidden = hidden + torch.cat([self.positional_embedding[:length] for length in frames]).to(hidden.dtype)
         segments = Segments.of(frames, mel.device)
         for block in self.blocks:
             hidden = block(hidden, segments)
@@ -125,8 +123,7 @@ class AudioAttention(nn.Module):
 
     def forward(self, hidden: Tensor, segments: Segments) -> Tensor:
         q, k, v = (
-            projection(hidden).unflatten(-1, (self.n_head, -1))
-            for projection in (self.query, self.key, self.value)
+            projection(hidden).unflatten(-1, (self.n_head, -1)) for projection in (self.query, self.key, self.value)
         )
         return self.out(varlen_attention(q, k, v, segments).flatten(1))
 

@@ -33,9 +33,7 @@ def build_llm(config: LlamaConfig) -> LlamaForCausalLM:
     return llm
 
 
-def packed_hidden_states(
-    llm: LlamaForCausalLM, embeddings: Tensor, position_ids: Tensor, segments: Segments
-) -> Tensor:
+def packed_hidden_states(llm: LlamaForCausalLM, embeddings: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
     """Final hidden states of samples that share a flat row; no sample sees another.
 
     Args:

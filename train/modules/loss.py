@@ -31,9 +31,7 @@ class _TokenLosses(torch.autograd.Function):
     """The products run in `dtype`; sums over words and over chunks run in float32."""
 
     @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
         product_weight = weight.to(dtype)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         log_sums = torch.empty_like(losses)

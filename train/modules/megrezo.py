@@ -248,7 +248,8 @@ class MegrezO(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Random weights of the towers' own kinds; transformers' rule (normal, std 0.02) for the rest."""
         if isinstance(module, Resampler):
-            nn.init.trunc_normal_(module.query, std=0.02)
+            # A LayerNorm follows: small queries would only be thrown about by the first optimizer steps.
+            nn.init.normal_(module.query)
             nn.init.trunc_normal_(module.kv_proj.weight, std=0.02)
             nn.init.normal_(module.proj, std=module.proj.shape[0] ** -0.5)
         elif isinstance(module, CrossAttention):

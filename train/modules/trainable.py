@@ -84,4 +84,3 @@ def parameter_groups(
         decay = weight_decay if parameter.ndim > 1 else 0.0
         collected.setdefault((label, rate, decay), []).append(parameter)
     return [Group(label, rate, decay, found) for (label, rate, decay), found in collected.items()]
-

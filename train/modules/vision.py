@@ -80,9 +80,7 @@ class PatchEmbeddings(nn.Module):
     def forward(self, patches: Tensor, slice_sizes: Tensor) -> Tensor:
         pixels = ((patches.float() - 127.5) / 127.5).to(self.patch_embedding.weight.dtype)
         positions = torch.cat([self._positions(height, width) for height, width in slice_sizes.tolist()])
-        return self.patch_embedding(pixels) + self.position_embedding(
-            positions.to(patches.device, non_blocking=True)
-        )
+        return self.patch_embedding(pixels) + self.position_embedding(positions.to(patches.device, non_blocking=True))
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Rows of the position table for a slice of height×width patches, row by row."""

@@ -14,9 +14,7 @@ from train.data.chat import (
 )
 from train.errors import CheckpointError
 
-START, END, TURN_END = (
-    Segment("special", name) for name in ("<|role_start|>", "<|role_end|>", "<|turn_end|>")
-)
+START, END, TURN_END = (Segment("special", name) for name in ("<|role_start|>", "<|role_end|>", "<|turn_end|>"))
 
 
 def text(content: str, weight: float = 0.0) -> Segment:
@@ -137,9 +135,7 @@ def test_the_jinja_template_writes_placeholders(tokenizer):
         "<|role_start|>user<|role_end|>Audio 2: (<audio>./</audio>)\n(<image>./</image>)\nho<|turn_end|>"
         "<|role_start|>assistant<|role_end|>y<|turn_end|>"
     )
-    assert "other<|turn_end|>" in tokenizer.apply_chat_template(
-        messages[1:], system_prompt="other", tokenize=False
-    )
+    assert "other<|turn_end|>" in tokenizer.apply_chat_template(messages[1:], system_prompt="other", tokenize=False)
 
 
 def test_special_tokens_written_in_text_stay_text(tokenizer):

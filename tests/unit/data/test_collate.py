@@ -8,9 +8,7 @@ from train.schema import IGNORE_INDEX, Sample
 _ = IGNORE_INDEX
 
 
-def sample(
-    ids: list[int], labels: list[int], *, slices: int = 0, clip: int = 0, weight: float = 1.0
-) -> Sample:
+def sample(ids: list[int], labels: list[int], *, slices: int = 0, clip: int = 0, weight: float = 1.0) -> Sample:
     labels_T = torch.tensor(labels)
     return Sample(
         input_ids=torch.tensor(ids),

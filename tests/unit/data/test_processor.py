@@ -27,9 +27,7 @@ def learned(processor, sample) -> list[str]:
 
 
 def test_text_with_hand_written_labels(processor):
-    sample = processor.encode(
-        talk(("user", "hello"), ("assistant", "ll"), ("user", "a"), ("assistant", "b", 0.5))
-    )
+    sample = processor.encode(talk(("user", "hello"), ("assistant", "ll"), ("user", "a"), ("assistant", "b", 0.5)))
     user = ["<|role_start|>", "u", "s", "e", "r", "<|role_end|>"]
     assistant = ["<|role_start|>", *"assistant", "<|role_end|>"]
     end = ["<|turn_end|>"]
@@ -46,9 +44,7 @@ def test_text_with_hand_written_labels(processor):
 
 
 def test_a_turn_of_weight_zero_is_not_learned(processor):
-    sample = processor.encode(
-        talk(("user", "q"), ("assistant", "no", 0.0), ("user", "r"), ("assistant", "yes"))
-    )
+    sample = processor.encode(talk(("user", "q"), ("assistant", "no", 0.0), ("user", "r"), ("assistant", "yes")))
     assert learned(processor, sample) == ["y", "e", "s", "<|turn_end|>"]
 
 
@@ -110,9 +106,7 @@ def test_settings_are_used(tokenizer):
 
 def test_audio_settings_are_used(tokenizer):
     def places(**settings):
-        processor = MegrezOProcessor(
-            MegrezOImageProcessor(), WhisperFeatureExtractor(128), tokenizer, **settings
-        )
+        processor = MegrezOProcessor(MegrezOImageProcessor(), WhisperFeatureExtractor(128), tokenizer, **settings)
         return len(processor.encode(talk(("user", [("audio", wav(1))]), ("assistant", "b"))).audio_places)
 
     assert (places(), places(audio_pool=5), places(audio_bos_eos=False)) == (27, 12, 25)
@@ -185,9 +179,7 @@ def test_user_text_gives_no_special_token(processor):
 class TestTooLong:
     """30 tokens before the answer, its 10 digits, and the turn's end."""
 
-    record = talk(
-        ("user", [("text", "abc"), ("image", png(100, 100)), ("text", "d")]), ("assistant", "0123456789")
-    )
+    record = talk(("user", [("text", "abc"), ("image", png(100, 100)), ("text", "d")]), ("assistant", "0123456789"))
 
     def test_lengths(self, processor):
         assert processor.measure(self.record).tokens == 41
@@ -231,9 +223,7 @@ class TestLongAudio:
 
     def test_quarantine(self, processor):
         for act in (processor.measure, processor.encode):
-            with pytest.raises(
-                BadRecord, match=r"^a\.jsonl:3: audio \(embedded\) of 31\.0 s is longer than 30 s"
-            ):
+            with pytest.raises(BadRecord, match=r"^a\.jsonl:3: audio \(embedded\) of 31\.0 s is longer than 30 s"):
                 act(self.record)
 
     def test_cut(self, processor):
@@ -256,9 +246,7 @@ def test_a_header_that_lies(processor, monkeypatch):
     record = talk(("user", [("audio", wav(1.0))]), ("assistant", "a"))
     decoded = {"samples": 8_000}
     monkeypatch.setattr("train.data.processor.load_clip", lambda *_: np.zeros(decoded["samples"], np.float32))
-    with pytest.raises(
-        BadRecord, match=r"^a\.jsonl:3: \(embedded\): audio of 0\.50 s whose header says 1\.00 s"
-    ):
+    with pytest.raises(BadRecord, match=r"^a\.jsonl:3: \(embedded\): audio of 0\.50 s whose header says 1\.00 s"):
         processor.encode(record)
     decoded["samples"] = 15_000
     assert processor.encode(record).clip_frames.tolist() == [100]
@@ -322,9 +310,7 @@ def test_a_pickled_processor_encodes_the_same(processor):
     assert same(pickle.loads(pickle.dumps(processor)).encode(RECORD), processor.encode(RECORD))
 
 
-@pytest.mark.parametrize(
-    "name", ["<|unk|>", "<|turn_end|>", "<|slice_end|>", "<|audio_start|>", "<|image_id_start|>"]
-)
+@pytest.mark.parametrize("name", ["<|unk|>", "<|turn_end|>", "<|slice_end|>", "<|audio_start|>", "<|image_id_start|>"])
 def test_a_lacking_special_token_is_named(name):
     tokenizer = make_tokenizer(without=(name,))
     with pytest.raises(CheckpointError) as fault:

@@ -62,9 +62,7 @@ def test_json_list_whatever_its_name(tmp_path):
 def test_parquet_hands_over_plain_values(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = [
-        {"image": {"bytes": b"\x89PNG", "path": "a.png"}, "conversations": [{"from": "gpt", "value": "é"}]}
-    ] * 3
+    rows = [{"image": {"bytes": b"\x89PNG", "path": "a.png"}, "conversations": [{"from": "gpt", "value": "é"}]}] * 3
     table = datasets.Dataset.from_list(rows)
     # The column is declared as pictures, which must not be decoded here.
     table.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "rows.bin")

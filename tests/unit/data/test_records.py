@@ -49,15 +49,11 @@ def llava(*values, **extra):
 
 
 def openai(content, **answer):
-    return {
-        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "yes", **answer}]
-    }
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "yes", **answer}]}
 
 
 def test_megrez_format_orders_images_audio_text(root):
-    record = parse(
-        megrez({"text": "hi", "audio": "q.wav", "image": ["a.jpg", "sub/c.jpg"]}, type="speech"), root
-    )
+    record = parse(megrez({"text": "hi", "audio": "q.wav", "image": ["a.jpg", "sub/c.jpg"]}, type="speech"), root)
     assert parts(record) == [("image", "a.jpg"), ("image", "c.jpg"), ("audio", "q.wav"), ("text", "hi")]
     assert parts(record, 1) == [("text", "yes")]
     assert [turn.role for turn in record.turns] == ["user", "assistant"]

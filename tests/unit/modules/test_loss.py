@@ -74,9 +74,7 @@ def test_logits_are_never_held_all_at_once():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if (
-                isinstance(out, torch.Tensor) and out.shape[1:] == (40,) and len(out) != 16
-            ):  # 16: the head itself
+            if isinstance(out, torch.Tensor) and out.shape[1:] == (40,) and len(out) != 16:  # 16: the head itself
                 rows_of_logits.add(len(out))
             return out
 

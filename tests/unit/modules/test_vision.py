@@ -71,9 +71,7 @@ def test_equals_idefics2_picture_by_picture(tower):
     reference.load_state_dict(tower.state_dict())
     sizes = [(3, 5), (11, 7), (1, 22), (5, 3), (32, 2)]
     pictures = [torch.randint(0, 256, (3, h * PATCH, w * PATCH), dtype=torch.uint8) for h, w in sizes]
-    expected = [
-        reference(((picture.float() - 127.5) / 127.5)[None]).last_hidden_state[0] for picture in pictures
-    ]
+    expected = [reference(((picture.float() - 127.5) / 127.5)[None]).last_hidden_state[0] for picture in pictures]
     out = tower(torch.cat([cut(picture) for picture in pictures]), torch.tensor(sizes))
     torch.testing.assert_close(out, torch.cat(expected), atol=1e-4, rtol=1e-4)
 

@@ -1,0 +1,57 @@
+"""What a run ran on, for whoever wants to run it again."""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from accelerate import Accelerator
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "datasets",
+    "wandb",
+    "hydra-core",
+    "omnitune",
+)
+
+
+def write_environment(folder: Path, accelerator: Accelerator) -> None:
+    """Write environment.json: versions, commit, command, ranks and device."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    environment = {
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+        "command": sys.argv,
+        "world_size": accelerator.num_processes,
+        "device": str(accelerator.device),
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """The project's commit, with "+" where files were changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
