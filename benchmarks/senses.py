@@ -41,9 +41,7 @@ CONDITIONS: dict[str, Callable[[Sample], None]] = {
 }
 
 
-def exact_match(
-    model, records: RecordSet, change: Callable[[Sample], None], batch_size: int
-) -> dict[str, float]:
+def exact_match(model, records: RecordSet, change: Callable[[Sample], None], batch_size: int) -> dict[str, float]:
     """Exact match by record type, and over all, with every prompt changed by `change`."""
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
@@ -77,13 +75,9 @@ def main() -> None:
 
     family = find(chosen.model)
     source = SourceSpec("heldout", str(chosen.records), str(chosen.records.parent))
-    records = RecordSet(
-        [source], family.load_processor(chosen.model), max_tokens=10**9, too_long="quarantine"
-    )
+    records = RecordSet([source], family.load_processor(chosen.model), max_tokens=10**9, too_long="quarantine")
     model = family.load_model(chosen.model).eval()
-    figures = {
-        name: exact_match(model, records, change, chosen.batch_size) for name, change in CONDITIONS.items()
-    }
+    figures = {name: exact_match(model, records, change, chosen.batch_size) for name, change in CONDITIONS.items()}
     print(f"{'type':16}" + "".join(f"{name:>22}" for name in figures))
     for kind in figures["as it is"]:
         print(f"{kind:16}" + "".join(f"{by_type[kind]:>22.2f}" for by_type in figures.values()))

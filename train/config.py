@@ -92,6 +92,8 @@ class DataOptions:
     """Processes that decode ahead, per rank; 0 = decode in the training process."""
     prefetch: int = 4
     """Steps that each worker keeps ready."""
+    cache: str | None = "~/.cache/omnitune"
+    """Folder that remembers the lengths of records; null = measure them at every start."""
 
 
 @dataclass

@@ -14,7 +14,10 @@ ENGINES = ["ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 
 
 def words(folder: Path, out: str) -> list[str]:
-    """Three packs a step: two ranks cannot share them evenly."""
+    """Three packs a step: two ranks cannot share them evenly.
+
+    A larger eps, because Adam's first steps turn rounding noise into steps of full size where a gradient is zero.
+    """
     return [
         *write_records(folder, train=60),
         f"run.dir={folder / out}",
@@ -23,6 +26,7 @@ def words(folder: Path, out: str) -> list[str]:
         "data.max_tokens=256",
         "data.workers=1",
         "optim.warmup_ratio=0",
+        "optim.eps=1e-6",
         "eval.max_new_tokens=4",
         "tracker=none",
     ]

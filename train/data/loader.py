@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from train.data.collate import collate
+from train.data.lengths import LengthCache
 from train.data.plan import Limits, assign, plan_epoch
 from train.data.readers import open_source
 from train.data.records import parse_record
@@ -98,12 +99,28 @@ class RecordSet:
         source, row = self.locate(index)
         return BadNote(self.specs[source].path, self._sources[source].line(row), str(error))
 
-    def measure(self) -> tuple[Measured, list[BadNote]]:
-        """Lengths of every usable record, by headers alone, and notes on the others."""
+    def measure(self, cache: LengthCache | None = None) -> tuple[Measured, list[BadNote]]:
+        """Lengths of every usable record, by headers alone, and notes on the others.
+
+        What the cache knows is not measured again, unless it could not be used then.
+        """
         lengths = np.zeros((len(self), 3), dtype=np.int32)
         types = [""] * len(self)
+        bad: list[BadNote] = []
+        for spec, source, end in zip(self.specs, self._sources, self._ends.tolist(), strict=True):
+            part = slice(end - len(source), end)
+            held = cache.load(spec.path, spec.root) if cache else None
+            if held:
+                lengths[part], types[part] = held
+            todo = [index for index in range(part.start, end) if not lengths[index, 0]]
+            bad += self._measure(todo, lengths, types)
+            if cache and todo:
+                cache.save(spec.path, spec.root, lengths[part], types[part])
+        return Measured(lengths, types, self._ends), bad
+
+    def _measure(self, todo: Sequence[int], lengths: np.ndarray, types: list[str]) -> list[BadNote]:
         bad = []
-        for index in range(len(self)):
+        for index in todo:
             try:
                 record = self.record(index)
                 size = self.processor.measure(record, **self._fit)
@@ -112,7 +129,7 @@ class RecordSet:
             else:
                 lengths[index] = size.tokens, size.patches, size.frames
                 types[index] = record.type
-        return Measured(lengths, types, self._ends), bad
+        return bad
 
     def batch(self, pack: Sequence[int]) -> tuple[Batch, list[BadNote]]:
         """A pack's records decoded and laid end to end; those that fail leave their place empty."""
@@ -130,7 +147,10 @@ class RecordSet:
 
 
 class StepPlan:
-    """The training run as a sequence of steps, each a list of packs; the same on every rank."""
+    """The training run as a sequence of steps, each a list of packs; the same on every rank.
+
+    costs: predicted work of each record (records,), by which packs are shared out; by default its lengths' sum.
+    """
 
     def __init__(
         self,
@@ -142,7 +162,9 @@ class StepPlan:
         seed: int,
         epochs: int,
         max_steps: int | None,
+        costs: np.ndarray | None = None,
     ):
+        self.costs = measured.lengths.sum(axis=1) if costs is None else costs
         self.measured, self.weights, self.limits = measured, list(weights), limits
         self.packs_per_step, self.seed, self.epochs, self.max_steps = packs_per_step, seed, epochs, max_steps
         self._planned: tuple[int, list[list[int]]] = (-1, [])
@@ -185,8 +207,8 @@ class StepPlan:
             step_in_epoch = 0
 
     def cost(self, pack: Sequence[int]) -> float:
-        """Predicted work of a pack, in tokens."""
-        return float(self.measured.lengths[list(pack)].sum())
+        """Predicted work of a pack."""
+        return float(self.costs[list(pack)].sum())
 
 
 class _RankSteps:

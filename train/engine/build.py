@@ -16,12 +16,13 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from train.checks import check, model_folder, tuned_modules
 from train.config import Options, Precision, SourceOptions, Tracker
+from train.data.lengths import LengthCache, digest
 from train.data.loader import Measured, RecordSet, SourceSpec, StepPlan, load_steps
 from train.data.plan import Limits
 from train.engine.checkpoint import Checkpoints, trained_state
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
-from train.engine.launch import make_accelerator, offloads, world_size, zero_stage
+from train.engine.launch import make_accelerator, world_size, zero_stage
 from train.engine.metrics import MetricsFile, Observer, Profiler, Progress
 from train.engine.optimizer import LearningRates, make_optimizer
 from train.engine.quarantine import Quarantine
@@ -79,7 +80,8 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     if options.data.system_prompt is not None:
         processor.system_prompt = options.data.system_prompt
 
-    train_set, measured, eval_set, eval_measured, quarantine = _read_data(options, processor, folder, accelerator)
+    train_set, measured, eval_set, eval_measured, quarantine = _read_data(options, base, processor, folder, accelerator)
+    model = _load_model(options, family, base)
     plan = StepPlan(
         measured,
         [spec.weight for spec in train_set.specs],
@@ -88,11 +90,9 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         seed=options.run.seed,
         epochs=options.run.epochs,
         max_steps=options.run.max_steps,
+        costs=family.flops(model, tuned_modules(options)).of(measured.lengths),
     )
-    total_steps = options.run.max_steps if options.debug.one_batch else plan.total_steps()
-    assert total_steps is not None
-
-    model = _load_model(options, family, base)
+    total_steps = (options.debug.one_batch and options.run.max_steps) or plan.total_steps()
     groups = parameter_groups(
         model,
         family.rules,
@@ -100,7 +100,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         adapter_rate=options.lora.lr,
         weight_decay=options.optim.weight_decay,
     )
-    optimizer = make_optimizer(groups, options.optim, offload=offloads(options))
+    optimizer = make_optimizer(groups, options.optim)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     set_seed(options.run.seed, device_specific=True)
 
@@ -207,7 +207,7 @@ def _base_model(options: Options, folder: Path, accelerator: Accelerator) -> Pat
 
 
 def _read_data(
-    options: Options, processor: Any, folder: Path, accelerator: Accelerator
+    options: Options, base: Path, processor: Any, folder: Path, accelerator: Accelerator
 ) -> tuple[RecordSet, Measured, RecordSet | None, Measured | None, Quarantine]:
     def open_all(sources: list[SourceOptions]) -> RecordSet:
         return RecordSet(
@@ -224,15 +224,26 @@ def _read_data(
         total_records=len(train_set) + (len(eval_set) if eval_set else 0),
         max_fraction=options.data.max_bad_fraction,
     )
-    measured, bad = train_set.measure()
-    eval_measured = None
-    if eval_set:
-        eval_measured, bad_eval = eval_set.measure()
-        bad += bad_eval
+    cache = _length_cache(options, base)
+    with accelerator.main_process_first():  # the other ranks then find the lengths in the cache
+        measured, bad = train_set.measure(cache)
+        eval_measured = None
+        if eval_set:
+            eval_measured, bad_eval = eval_set.measure(cache)
+            bad += bad_eval
     quarantine.add(bad)
     if bad and accelerator.is_main_process:
         log.warning("%d records cannot be used; quarantine.jsonl says why", len(bad))
     return train_set, measured, eval_set, eval_measured, quarantine
+
+
+def _length_cache(options: Options, base: Path) -> LengthCache | None:
+    if options.data.cache is None:
+        return None
+    data = options.data
+    files = sorted(file for file in base.iterdir() if file.suffix in (".json", ".jinja", ".model"))
+    settings = [digest(files), data.max_tokens, data.too_long, data.long_audio, data.system_prompt]
+    return LengthCache(Path(options.data.cache).expanduser() / "lengths", settings)
 
 
 def _limits(options: Options) -> Limits:

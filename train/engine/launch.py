@@ -32,7 +32,7 @@ def zero_stage(options: Options) -> int:
     return _STAGES.get(options.engine.name, 0)
 
 
-def offloads(options: Options) -> bool:
+def _offloads(options: Options) -> bool:
     """Whether the optimizer lives in host memory."""
     return options.engine.name in (Engine.zero2_offload, Engine.zero3_offload)
 
@@ -56,7 +56,7 @@ def deepspeed_config(options: Options) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    if offloads(options):
+    if _offloads(options):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         if stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

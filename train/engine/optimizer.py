@@ -9,13 +9,13 @@ from train.config import OptimOptions, Schedule
 from train.modules.trainable import Group
 
 
-def make_optimizer(groups: list[Group], optim: OptimOptions, *, offload: bool) -> torch.optim.Optimizer:
-    """AdamW with one parameter group per (module, decay); DeepSpeed's own on the CPU where it offloads."""
-    parameters = [{"params": group.parameters, "lr": group.lr, "weight_decay": group.weight_decay} for group in groups]
-    if offload:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+def make_optimizer(groups: list[Group], optim: OptimOptions) -> torch.optim.Optimizer:
+    """AdamW with one parameter group per (module, decay).
 
-        return DeepSpeedCPUAdam(parameters, betas=optim.betas, eps=optim.eps, adamw_mode=True)
+    Where DeepSpeed offloads, accelerate makes its CPU Adam of this one; handed a DeepSpeedCPUAdam, it would
+    rebuild that without decoupled weight decay.
+    """
+    parameters = [{"params": group.parameters, "lr": group.lr, "weight_decay": group.weight_decay} for group in groups]
     beta1, beta2 = optim.betas
     return torch.optim.AdamW(parameters, betas=(beta1, beta2), eps=optim.eps, fused=True)
 

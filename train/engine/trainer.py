@@ -66,6 +66,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end of the plan, evaluating and saving on the way."""
+        self.train_step.model.train()
         steps = self._fetch()  # the workers start now, and decode while the model is evaluated
         if self.position.step == 0 and self.rhythm.evaluate_first:
             self.evaluate()

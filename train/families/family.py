@@ -1,7 +1,7 @@
 """What the rest of the project needs to know of a model family."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from train.errors import CheckpointError
+from train.modules.flops import Flops
 from train.modules.trainable import FROZEN, Rules
 
 
@@ -27,6 +28,8 @@ class Family:
     processor_class: str
     rules: Rules
     """Ordered (pattern of parameter names, module); every parameter must be covered."""
+    flops_function: str
+    """Predicts a step's work: (model, its config, tuned modules) to `modules.flops.Flops`."""
     lora_targets: Mapping[str, tuple[str, ...]]
     """Linear layers that LoRA adapts in each module if the options name none."""
 
@@ -55,6 +58,10 @@ class Family:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return model_class(model_class.config_class.from_pretrained(folder))
+
+    def flops(self, model: Any, tuned: Collection[str]) -> Flops:
+        """Predicted floating-point work of a training step in which the `tuned` modules learn."""
+        return _resolve(self.flops_function)(model, model.config, tuned)
 
     def load_processor(self, folder: Path | str) -> Any:
         """The processor (tokenizer, pictures, audio) of the folder."""

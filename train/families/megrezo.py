@@ -19,6 +19,7 @@ MEGREZO = Family(
         ("vision.resampler.*", "vision_proj"),
         ("llm.*", "llm"),
     ),
+    flops_function="train.modules.flops:megrezo_flops",
     lora_targets={
         "llm": _ATTENTION_AND_MLP,
         "vision_encoder": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),

@@ -143,9 +143,7 @@ class Audio(nn.Module):
 
 def _grad_if_tuned(module: nn.Module) -> AbstractContextManager:
     """No graph for a wholly frozen module: autograd would see it, activation checkpointing would not."""
-    return torch.set_grad_enabled(
-        torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
-    )
+    return torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
 
 
 class MegrezO(PreTrainedModel, GenerationMixin):
@@ -187,9 +185,7 @@ class MegrezO(PreTrainedModel, GenerationMixin):
         embeddings = self._place(embeddings, self.vision, pictures, batch.image_places)
         return self._place(embeddings, self.audio, clips, batch.audio_places)
 
-    def _place(
-        self, embeddings: Tensor, tower: Vision | Audio, media: tuple[Tensor, Tensor], places: Tensor
-    ) -> Tensor:
+    def _place(self, embeddings: Tensor, tower: Vision | Audio, media: tuple[Tensor, Tensor], places: Tensor) -> Tensor:
         """The embeddings with what the tower makes of `media` at `places`."""
         if len(media[1]):
             return embeddings.index_copy(0, places, tower(*media).to(embeddings.dtype))

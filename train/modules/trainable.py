@@ -81,6 +81,7 @@ def parameter_groups(
             continue
         module = module_of(name, rules)
         label, rate = (f"{module}.lora", adapter_rate) if is_adapter(name) else (module, rates[module])
-        decay = weight_decay if parameter.ndim > 1 else 0.0
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty vector in its place
+        decay = weight_decay if len(shape) > 1 else 0.0
         collected.setdefault((label, rate, decay), []).append(parameter)
     return [Group(label, rate, decay, found) for (label, rate, decay), found in collected.items()]

@@ -1,0 +1,109 @@
+"""Record sets, their lengths and the steps of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.runs import SAMPLE, write_records
+from train.data.lengths import LengthCache
+from train.data.loader import Measured, RecordSet, SourceSpec, StepPlan, load_steps
+from train.data.plan import Limits
+from train.errors import OmniTuneError
+from train.families import find
+
+LIMITS = Limits(tokens=256, patches=10_000, frames=10_000)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    tiny = SAMPLE.parent / "tiny"
+    return find(tiny).load_processor(tiny)
+
+
+def record_set(folder: Path, processor: Any) -> RecordSet:
+    spec = SourceSpec("train", str(folder / "train.jsonl"), str(SAMPLE))
+    return RecordSet([spec], processor, max_tokens=256, too_long="quarantine")
+
+
+def plan_of(measured: Measured, **changes: Any) -> StepPlan:
+    settings: dict[str, Any] = {"packs_per_step": 3, "seed": 0, "epochs": 2, "max_steps": None}
+    return StepPlan(measured, [1.0], LIMITS, **{**settings, **changes})
+
+
+def test_measured_lengths_are_those_of_the_batches(tmp_path: Path, processor: Any) -> None:
+    write_records(tmp_path)
+    records = record_set(tmp_path, processor)
+    measured, bad = records.measure()
+    assert bad == []
+    for index in range(len(records)):
+        batch, _ = records.batch([index])
+        assert measured.lengths[index].tolist() == [
+            len(batch.input_ids),
+            int(batch.slice_sizes.prod(dim=1).sum()),
+            int(batch.clip_frames.sum()),
+        ]
+
+
+def test_the_cache_spares_measuring_what_it_knows(tmp_path: Path, processor: Any) -> None:
+    write_records(tmp_path)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('\n{"conversations": []}')
+    cache = LengthCache(tmp_path / "cache", ["settings"])
+    first, bad = record_set(tmp_path, processor).measure(cache)
+    assert [note.line for note in bad] == [25]
+    again = record_set(tmp_path, processor)
+    asked = []
+    again.record = lambda index: asked.append(index) or RecordSet.record(again, index)  # type: ignore[method-assign]
+    second, bad = again.measure(cache)
+    assert asked == [24]  # what could not be used is tried again
+    assert [note.line for note in bad] == [25]
+    assert np.array_equal(first.lengths, second.lengths)
+    assert first.types == second.types
+    assert LengthCache(tmp_path / "cache", ["others"]).load(str(tmp_path / "train.jsonl"), str(SAMPLE)) is None
+
+
+def test_every_record_once_an_epoch_whatever_the_ranks(tmp_path: Path, processor: Any) -> None:
+    write_records(tmp_path)
+    records = record_set(tmp_path, processor)
+    measured, _ = records.measure()
+    plan = plan_of(measured, epochs=1)
+    for world_size in (1, 2, 4):
+        ranks = [
+            list(load_steps(plan, records, rank=rank, world_size=world_size)) for rank in range(world_size)
+        ]
+        seen = [index for steps in ranks for step in steps for batch in step.batches for index in batch.records]
+        assert sorted(seen) == list(range(24))
+        for same_step in zip(*ranks, strict=True):
+            assert len({len(fetched.batches) for fetched in same_step}) == 1
+
+
+def test_a_plan_is_entered_anywhere(tmp_path: Path, processor: Any) -> None:
+    write_records(tmp_path)
+    records = record_set(tmp_path, processor)
+    plan = plan_of(records.measure()[0])
+    steps = list(plan.steps())
+    assert len(steps) == plan.total_steps() == plan.steps_in(0) + plan.steps_in(1)
+    assert list(plan.steps(1, 1)) == steps[plan.steps_in(0) + 1 :]
+    assert plan_of(plan.measured, max_steps=3).total_steps() == 3
+
+
+def test_workers_decode_the_same_batches(tmp_path: Path, processor: Any) -> None:
+    write_records(tmp_path)
+    records = record_set(tmp_path, processor)
+    plan = plan_of(records.measure()[0], epochs=1)
+    here = list(load_steps(plan, records, rank=0, world_size=1))
+    there = list(load_steps(plan, records, rank=0, world_size=1, workers=2))
+    assert len(here) == len(there)
+    for mine, theirs in zip(here, there, strict=True):
+        for a, b in zip(mine.batches, theirs.batches, strict=True):
+            assert a.records == b.records
+            assert a.mel.equal(b.mel)
+            assert a.patches.equal(b.patches)
+
+
+def test_nothing_usable_is_an_error() -> None:
+    nothing = Measured(np.zeros((2, 3), dtype=np.int32), ["", ""], np.array([2]))
+    with pytest.raises(OmniTuneError, match="no usable record"):
+        plan_of(nothing)
