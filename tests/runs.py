@@ -28,8 +28,10 @@ def write_records(folder: Path, *, train: int = 24, held_out: int = 6) -> list[s
     return words
 
 
-def launch(words: list[str], *, processes: int = 1, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run training in processes of its own (gloo on the CPU), as launch.sh does."""
+def launch(
+    words: list[str], *, processes: int = 1, timeout_s: float = 300, script: str = "train/main.py"
+) -> subprocess.CompletedProcess[str]:
+    """Run training (or another script) in processes of its own (gloo on the CPU), as launch.sh does."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -39,7 +41,7 @@ def launch(words: list[str], *, processes: int = 1, timeout_s: float = 300) -> s
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, "train/main.py", *words]
+    command = [*launcher, script, *words]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
