@@ -23,7 +23,7 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt
   touch "$stamp"
 fi
 [ "${1:-}" != --setup ] || exit 0
-export PATH="$PWD/$venv/bin:$PATH"
+export PATH="$(cd "$venv" && pwd)/bin:$PATH"
 
 if [ -z "${NUM_PROCESSES:-}" ]; then
   NUM_PROCESSES=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')

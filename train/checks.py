@@ -132,6 +132,8 @@ def _number_faults(options: Options) -> list[str]:
     faults += [
         f"{name} is {value}; it must lie between 0 and 1" for name, value in shares.items() if not 0 <= value <= 1
     ]
+    if not data.decode_limit_s > 0:
+        faults.append(f"data.decode_limit_s is {data.decode_limit_s}; it must be above 0")
     if not all(0 <= beta < 1 for beta in optim.betas):
         faults.append(f"optim.betas is {list(optim.betas)}; both must lie between 0 and 1")
     if run.resume not in ("auto", "never") and not Path(run.resume).is_dir():

@@ -92,6 +92,8 @@ class DataOptions:
     """Processes that decode ahead, per rank; 0 = decode in the training process."""
     prefetch: int = 4
     """Steps that each worker keeps ready."""
+    decode_limit_s: float = 60.0
+    """Seconds that the media of one record may take to decode; then its worker is killed, the record set aside."""
     cache: str | None = "~/.cache/omnitune"
     """Folder that remembers the lengths of records; null = measure them at every start."""
 

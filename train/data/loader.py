@@ -1,41 +1,17 @@
-"""From record files to the batches of each step: measured once, planned ahead, decoded in workers."""
+"""The steps of a run: planned ahead, decoded in worker processes, at hand when they are needed."""
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from train.data.collate import collate
-from train.data.lengths import LengthCache
 from train.data.plan import Limits, assign, plan_epoch
-from train.data.readers import open_source
-from train.data.records import parse_record
-from train.errors import BadRecord, OmniTuneError
-from train.schema import Batch, Record
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """A file of records, the folder of its media, and how often an epoch takes each record."""
-
-    name: str
-    path: str
-    root: str
-    weight: float = 1.0
-    format: str = "auto"
-
-
-@dataclass(frozen=True)
-class BadNote:
-    """A line of quarantine.jsonl."""
-
-    source: str
-    line: int
-    reason: str
+from train.data.record_set import BadNote, Measured, RecordSet
+from train.data.watch import Watch
+from train.errors import OmniTuneError
+from train.schema import Batch
 
 
 @dataclass
@@ -50,100 +26,6 @@ class Fetched:
     def pin_memory(self) -> "Fetched":
         """The same in page-locked memory (what DataLoader calls)."""
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
-
-
-@dataclass
-class Measured:
-    """Lengths (records, 3) of tokens, patches and mel frames (0 tokens: not usable), types, source ends."""
-
-    lengths: np.ndarray
-    types: list[str]
-    ends: np.ndarray
-
-    def by_source(self) -> list[np.ndarray]:
-        """Indices of each source's usable records."""
-        starts = np.concatenate([[0], self.ends[:-1]])
-        usable = self.lengths[:, 0] > 0
-        return [np.flatnonzero(usable[start:end]) + start for start, end in zip(starts, self.ends, strict=True)]
-
-
-class RecordSet:
-    """The records of several sources under one index.
-
-    processor: has `measure`, `encode`, `prompt` and `reference` of a record.
-    """
-
-    def __init__(self, specs: Sequence[SourceSpec], processor: Any, *, max_tokens: int, too_long: str):
-        self.specs = list(specs)
-        self.processor = processor
-        self._fit = {"max_tokens": max_tokens, "too_long": too_long}
-        self._sources = [open_source(spec.path, spec.format) for spec in specs]
-        self._ends = np.cumsum([len(source) for source in self._sources])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """(source, row in the source) of a record."""
-        source = int(np.searchsorted(self._ends, index, side="right"))
-        return source, index - (int(self._ends[source - 1]) if source else 0)
-
-    def record(self, index: int) -> Record:
-        """The checked record; raises BadRecord."""
-        source, row = self.locate(index)
-        spec, opened = self.specs[source], self._sources[source]
-        return parse_record(opened[row], root=Path(spec.root), file=spec.path, line=opened.line(row))
-
-    def note(self, index: int, error: BadRecord) -> BadNote:
-        """The quarantine line of a record that cannot be used."""
-        source, row = self.locate(index)
-        return BadNote(self.specs[source].path, self._sources[source].line(row), str(error))
-
-    def measure(self, cache: LengthCache | None = None) -> tuple[Measured, list[BadNote]]:
-        """Lengths of every usable record, by headers alone, and notes on the others.
-
-        What the cache knows is not measured again, unless it could not be used then.
-        """
-        lengths = np.zeros((len(self), 3), dtype=np.int32)
-        types = [""] * len(self)
-        bad: list[BadNote] = []
-        for spec, source, end in zip(self.specs, self._sources, self._ends.tolist(), strict=True):
-            part = slice(end - len(source), end)
-            held = cache.load(spec.path, spec.root) if cache else None
-            if held:
-                lengths[part], types[part] = held
-            todo = [index for index in range(part.start, end) if not lengths[index, 0]]
-            bad += self._measure(todo, lengths, types)
-            if cache and todo:
-                cache.save(spec.path, spec.root, lengths[part], types[part])
-        return Measured(lengths, types, self._ends), bad
-
-    def _measure(self, todo: Sequence[int], lengths: np.ndarray, types: list[str]) -> list[BadNote]:
-        bad = []
-        for index in todo:
-            try:
-                record = self.record(index)
-                size = self.processor.measure(record, **self._fit)
-            except BadRecord as error:
-                bad.append(self.note(index, error))
-            else:
-                lengths[index] = size.tokens, size.patches, size.frames
-                types[index] = record.type
-        return bad
-
-    def batch(self, pack: Sequence[int]) -> tuple[Batch, list[BadNote]]:
-        """A pack's records decoded and laid end to end; those that fail leave their place empty."""
-        samples, sources, records, bad = [], [], [], []
-        for index in pack:
-            try:
-                sample = self.processor.encode(self.record(index), **self._fit)
-            except BadRecord as error:
-                bad.append(self.note(index, error))
-            else:
-                samples.append(sample)
-                sources.append(self.locate(index)[0])
-                records.append(index)
-        return collate(samples, sources, records), bad
 
 
 class StepPlan:
@@ -227,42 +109,77 @@ class _RankSteps:
 
 
 class _Decode(Dataset):
-    def __init__(self, records: RecordSet):
-        self.records = records
+    def __init__(self, records: RecordSet, watch: Watch):
+        self.records, self.watch = records, watch
 
     def __getitem__(self, item: tuple[int, int, list[list[int]]]) -> Fetched:
         epoch, step, packs = item
         fetched = Fetched([], epoch=epoch, step_in_epoch=step)
         for pack in packs:
-            batch, bad = self.records.batch(pack)
+            batch, bad = self.records.batch(pack, self.watch)
             fetched.batches.append(batch)
             fetched.bad += bad
         return fetched
 
 
-def load_steps(
-    plan: StepPlan,
-    records: RecordSet,
-    *,
-    rank: int,
-    world_size: int,
-    epoch: int = 0,
-    step_in_epoch: int = 0,
-    workers: int = 0,
-    prefetch: int = 2,
-    pin_memory: bool = False,
-) -> DataLoader:
+class StepLoader:
     """The rank's batches of every step from (epoch, step_in_epoch) on, decoded ahead in `workers` processes.
 
-    Workers come from a server process: forked from this one, with its threads, they sometimes hang for ever.
+    The workers start with `iter`. They come from a server process: forked from this one, with its threads, they
+    sometimes hang for ever. One that decodes a record for longer than `limit_s` seconds is killed, one may crash:
+    either way the record is given up, and the others are decoded anew from the step that was next.
     """
-    multiprocessing.set_forkserver_preload(["torch", "transformers", "train.data.processor"])
-    return DataLoader(
-        _Decode(records),
-        batch_size=None,
-        sampler=_RankSteps(plan, rank, world_size, epoch, step_in_epoch),  # type: ignore[arg-type]
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        multiprocessing_context="forkserver" if workers else None,
-        pin_memory=pin_memory,
-    )
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        records: RecordSet,
+        *,
+        rank: int,
+        world_size: int,
+        epoch: int = 0,
+        step_in_epoch: int = 0,
+        workers: int = 0,
+        prefetch: int = 2,
+        limit_s: float = 60.0,
+        pin_memory: bool = False,
+    ):
+        self.plan, self.records, self.rank, self.world_size = plan, records, rank, world_size
+        self.position = (epoch, step_in_epoch)
+        self.workers, self.prefetch, self.limit_s, self.pin_memory = workers, prefetch, limit_s, pin_memory
+
+    def __iter__(self) -> Iterator[Fetched]:
+        return self._from(*self._start())
+
+    def _from(self, watch: Watch, batches: Iterator[Fetched]) -> Iterator[Fetched]:
+        while True:
+            try:
+                fetched = next(batches, None)
+            except RuntimeError:  # a worker is gone
+                lost = watch.lost_records()
+                if not lost:
+                    raise
+                self.records.given_up |= lost
+                watch.close()
+                watch, batches = self._start()
+                continue
+            if fetched is None:
+                watch.close()
+                return
+            self.position = (fetched.epoch, fetched.step_in_epoch + 1)
+            yield fetched
+
+    def _start(self) -> tuple[Watch, Iterator[Fetched]]:
+        multiprocessing.set_forkserver_preload(["torch", "transformers", "train.data.processor"])
+        watch = Watch(self.workers, self.limit_s)
+        loader = DataLoader(
+            _Decode(self.records, watch),
+            batch_size=None,
+            sampler=_RankSteps(self.plan, self.rank, self.world_size, *self.position),  # type: ignore[arg-type]
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch if self.workers else None,
+            worker_init_fn=watch.begin if self.workers else None,
+            multiprocessing_context="forkserver" if self.workers else None,
+            pin_memory=self.pin_memory,
+        )
+        return watch, iter(loader)

@@ -17,8 +17,9 @@ from transformers.integrations import unset_hf_deepspeed_config
 from train.checks import check, model_folder, tuned_modules
 from train.config import Options, Precision, SourceOptions, Tracker
 from train.data.lengths import LengthCache, digest
-from train.data.loader import Measured, RecordSet, SourceSpec, StepPlan, load_steps
+from train.data.loader import StepLoader, StepPlan
 from train.data.plan import Limits
+from train.data.record_set import Measured, RecordSet, SourceSpec
 from train.engine.checkpoint import Checkpoints, trained_state
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
@@ -268,7 +269,7 @@ def _load_model(options: Options, family: Family, base: Path) -> nn.Module:
 
 
 def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, options: Options, epoch: int, step: int):
-    return load_steps(
+    return StepLoader(
         plan,
         records,
         rank=accelerator.process_index,
@@ -277,6 +278,7 @@ def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, op
         step_in_epoch=step,
         workers=options.data.workers,
         prefetch=options.data.prefetch,
+        limit_s=options.data.decode_limit_s,
         pin_memory=accelerator.device.type == "cuda",
     )
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from train.data.collate import collate
-from train.data.loader import BadNote, Measured, RecordSet
 from train.data.plan import Limits, pack
+from train.data.record_set import BadNote, Measured, RecordSet
 from train.errors import BadRecord
 from train.schema import Batch
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from train.data.loader import BadNote
+from train.data.record_set import BadNote
 from train.errors import TooMuchBadData
 
 

@@ -249,7 +249,8 @@ class MegrezO(PreTrainedModel, GenerationMixin):
             nn.init.trunc_normal_(module.kv_proj.weight, std=0.02)
             nn.init.normal_(module.proj, std=module.proj.shape[0] ** -0.5)
         elif isinstance(module, CrossAttention):
-            nn.init.xavier_uniform_(module.in_proj_weight)
+            # Gain 4: queries begin by attending to different places, where gain 1 averages all patches.
+            nn.init.xavier_uniform_(module.in_proj_weight, gain=4.0)
             nn.init.zeros_(module.in_proj_bias)
         elif isinstance(module, AudioEncoder):
             initialization.copy_(module.positional_embedding, sinusoids(*module.positional_embedding.shape))

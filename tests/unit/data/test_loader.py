@@ -8,18 +8,19 @@ import pytest
 
 from tests.runs import SAMPLE, write_records
 from train.data.lengths import LengthCache
-from train.data.loader import Measured, RecordSet, SourceSpec, StepPlan, load_steps
+from train.data.loader import StepLoader, StepPlan
 from train.data.plan import Limits
+from train.data.record_set import Measured, RecordSet, SourceSpec
 from train.errors import OmniTuneError
 from train.families import find
 
+TINY = SAMPLE.parent / "tiny"
 LIMITS = Limits(tokens=256, patches=10_000, frames=10_000)
 
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    tiny = SAMPLE.parent / "tiny"
-    return find(tiny).load_processor(tiny)
+    return find(TINY).load_processor(TINY)
 
 
 def record_set(folder: Path, processor: Any) -> RecordSet:
@@ -70,9 +71,7 @@ def test_every_record_once_an_epoch_whatever_the_ranks(tmp_path: Path, processor
     measured, _ = records.measure()
     plan = plan_of(measured, epochs=1)
     for world_size in (1, 2, 4):
-        ranks = [
-            list(load_steps(plan, records, rank=rank, world_size=world_size)) for rank in range(world_size)
-        ]
+        ranks = [list(StepLoader(plan, records, rank=rank, world_size=world_size)) for rank in range(world_size)]
         seen = [index for steps in ranks for step in steps for batch in step.batches for index in batch.records]
         assert sorted(seen) == list(range(24))
         for same_step in zip(*ranks, strict=True):
@@ -87,20 +86,6 @@ def test_a_plan_is_entered_anywhere(tmp_path: Path, processor: Any) -> None:
     assert len(steps) == plan.total_steps() == plan.steps_in(0) + plan.steps_in(1)
     assert list(plan.steps(1, 1)) == steps[plan.steps_in(0) + 1 :]
     assert plan_of(plan.measured, max_steps=3).total_steps() == 3
-
-
-def test_workers_decode_the_same_batches(tmp_path: Path, processor: Any) -> None:
-    write_records(tmp_path)
-    records = record_set(tmp_path, processor)
-    plan = plan_of(records.measure()[0], epochs=1)
-    here = list(load_steps(plan, records, rank=0, world_size=1))
-    there = list(load_steps(plan, records, rank=0, world_size=1, workers=2))
-    assert len(here) == len(there)
-    for mine, theirs in zip(here, there, strict=True):
-        for a, b in zip(mine.batches, theirs.batches, strict=True):
-            assert a.records == b.records
-            assert a.mel.equal(b.mel)
-            assert a.patches.equal(b.patches)
 
 
 def test_nothing_usable_is_an_error() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from train.data.loader import BadNote
+from train.data.record_set import BadNote
 from train.engine.quarantine import Quarantine
 from train.errors import TooMuchBadData
 

@@ -1,0 +1,140 @@
+"""The records of several sources under one index: checked, measured, decoded."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.data.collate import collate
+from train.data.lengths import LengthCache
+from train.data.readers import open_source
+from train.data.records import parse_record
+from train.errors import BadRecord
+from train.schema import Batch, Record
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """A file of records, the folder of its media, and how often an epoch takes each record."""
+
+    name: str
+    path: str
+    root: str
+    weight: float = 1.0
+    format: str = "auto"
+
+
+@dataclass(frozen=True)
+class BadNote:
+    """A line of quarantine.jsonl."""
+
+    source: str
+    line: int
+    reason: str
+
+
+@dataclass
+class Measured:
+    """Lengths (records, 3) of tokens, patches and mel frames (0 tokens: not usable), types, source ends."""
+
+    lengths: np.ndarray
+    types: list[str]
+    ends: np.ndarray
+
+    def by_source(self) -> list[np.ndarray]:
+        """Indices of each source's usable records."""
+        starts = np.concatenate([[0], self.ends[:-1]])
+        usable = self.lengths[:, 0] > 0
+        return [np.flatnonzero(usable[start:end]) + start for start, end in zip(starts, self.ends, strict=True)]
+
+
+class RecordSet:
+    """The records of several sources under one index.
+
+    processor: has `measure`, `encode`, `prompt` and `reference` of a record.
+    """
+
+    def __init__(self, specs: Sequence[SourceSpec], processor: Any, *, max_tokens: int, too_long: str):
+        self.specs = list(specs)
+        self.processor = processor
+        self._fit = {"max_tokens": max_tokens, "too_long": too_long}
+        self._sources = [open_source(spec.path, spec.format) for spec in specs]
+        self._ends = np.cumsum([len(source) for source in self._sources])
+        self.given_up: dict[int, str] = {}
+        """Records whose decoding hung or crashed a worker, and how."""
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(source, row in the source) of a record."""
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        return source, index - (int(self._ends[source - 1]) if source else 0)
+
+    def record(self, index: int) -> Record:
+        """The checked record; raises BadRecord."""
+        source, row = self.locate(index)
+        spec, opened = self.specs[source], self._sources[source]
+        return parse_record(opened[row], root=Path(spec.root), file=spec.path, line=opened.line(row))
+
+    def note(self, index: int, error: BadRecord) -> BadNote:
+        """The quarantine line of a record that cannot be used."""
+        source, row = self.locate(index)
+        return BadNote(self.specs[source].path, self._sources[source].line(row), str(error))
+
+    def measure(self, cache: LengthCache | None = None) -> tuple[Measured, list[BadNote]]:
+        """Lengths of every usable record, by headers alone, and notes on the others.
+
+        What the cache knows is not measured again, unless it could not be used then.
+        """
+        lengths = np.zeros((len(self), 3), dtype=np.int32)
+        types = [""] * len(self)
+        bad: list[BadNote] = []
+        for spec, source, end in zip(self.specs, self._sources, self._ends.tolist(), strict=True):
+            part = slice(end - len(source), end)
+            held = cache.load(spec.path, spec.root) if cache else None
+            if held:
+                lengths[part], types[part] = held
+            todo = [index for index in range(part.start, end) if not lengths[index, 0]]
+            bad += self._measure(todo, lengths, types)
+            if cache and todo:
+                cache.save(spec.path, spec.root, lengths[part], types[part])
+        return Measured(lengths, types, self._ends), bad
+
+    def _measure(self, todo: Sequence[int], lengths: np.ndarray, types: list[str]) -> list[BadNote]:
+        bad = []
+        for index in todo:
+            try:
+                record = self.record(index)
+                size = self.processor.measure(record, **self._fit)
+            except BadRecord as error:
+                bad.append(self.note(index, error))
+            else:
+                lengths[index] = size.tokens, size.patches, size.frames
+                types[index] = record.type
+        return bad
+
+    def batch(
+        self, pack: Sequence[int], watch: Callable[[int], AbstractContextManager] = nullcontext
+    ) -> tuple[Batch, list[BadNote]]:
+        """A pack's records decoded and laid end to end; those that fail leave their place empty.
+
+        watch: entered with a record's index around its decoding.
+        """
+        samples, sources, records, bad = [], [], [], []
+        for index in pack:
+            try:
+                if index in self.given_up:
+                    raise BadRecord(self.given_up[index])
+                with watch(index):
+                    sample = self.processor.encode(self.record(index), **self._fit)
+            except BadRecord as error:
+                bad.append(self.note(index, error))
+            else:
+                samples.append(sample)
+                sources.append(self.locate(index)[0])
+                records.append(index)
+        return collate(samples, sources, records), bad
