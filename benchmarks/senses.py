@@ -12,11 +12,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import transformers
-
 from train.data.collate import collate
-from train.data.loader import RecordSet, SourceSpec
+from train.data.record_set import RecordSet, SourceSpec
 from train.families import find
+from train.families.family import quieten_transformers
 from train.schema import Sample
 
 GREY = 127
@@ -70,9 +69,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     chosen = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
+    quieten_transformers()
     family = find(chosen.model)
     source = SourceSpec("heldout", str(chosen.records), str(chosen.records.parent))
     records = RecordSet([source], family.load_processor(chosen.model), max_tokens=10**9, too_long="quarantine")

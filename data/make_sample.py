@@ -40,17 +40,25 @@ COLORS = {
     "yellow": (240, 220, 45),
     "purple": (140, 45, 165),
     "orange": (240, 140, 25),
+}
+"""Of objects, as RGB."""
+BACKGROUNDS = {
     "black": (20, 20, 20),
     "white": (235, 235, 235),
+    "gray": (128, 128, 128),
+    "brown": (110, 65, 35),
 }
-SIZES = {"small": (14.0, 18.0), "large": (36.0, 46.0)}
+"""Of backgrounds, as RGB."""
+SIZES = {"small": (12.0, 15.0), "large": (42.0, 48.0)}
 """Least and greatest radius, in pixels."""
+OFF_CENTRE = 6.0
+"""How far a shape's middle may lie from the picture's, in pixels, either way."""
 SHAPES = {"circle": (1.0,) * 40, "square": (1.0,) * 4, "triangle": (1.0,) * 3, "star": (1.0, 0.5) * 5}
 """Corners by their distance from the centre, at equal angles."""
 
 QUESTIONS = {
     "What color is the object?": ("color", tuple(COLORS)),
-    "What color is the background?": ("background", tuple(COLORS)),
+    "What color is the background?": ("background", tuple(BACKGROUNDS)),
     "Is the object small or large?": ("size", tuple(SIZES)),
 }
 """The question, the attribute of a picture that answers it, and all answers."""
@@ -212,15 +220,13 @@ class Split:
     def draw(self, attribute: str, value: str) -> Picture:
         """A random picture whose `attribute` is `value`."""
         while True:
-            color, background = self.rng.sample(list(COLORS), 2)
+            color, background = self.rng.choice(list(COLORS)), self.rng.choice(list(BACKGROUNDS))
             size = self.rng.choice(list(SIZES))
             if value == {"color": color, "background": background, "size": size}[attribute]:
                 break
-        shade = [
-            channel + self.rng.randint(-12, 12) for name in (background, color) for channel in COLORS[name]
-        ]
+        shade = [channel + self.rng.randint(-12, 12) for channel in BACKGROUNDS[background] + COLORS[color]]
         radius, angle = self.rng.uniform(*SIZES[size]), self.rng.uniform(0, 2 * pi)
-        x, y = (self.rng.uniform(radius, SIDE - 1 - radius) for _ in "xy")
+        x, y = (SIDE / 2 + self.rng.uniform(-OFF_CENTRE, OFF_CENTRE) for _ in "xy")
         distances = SHAPES[self.rng.choice(list(SHAPES))]
         turn = 2 * pi / len(distances)
         corners = [
@@ -272,12 +278,12 @@ def spoken_picture(split: Split, index: int) -> list[dict]:
 
 
 def turns(split: Split, index: int) -> list[dict]:
-    """Two or three questions about one picture; the second is spoken in half of the records."""
+    """All three questions about one picture; the second is spoken in half of the records."""
     first, picture, answer = ask(split, index)
     others = [question for question in QUESTIONS if question != first]
     split.rng.shuffle(others)
     conversation = [user(text=first, image=split.add_picture(picture)), assistant(answer)]
-    for place, question in enumerate(others[: split.rng.randint(1, 2)]):
+    for place, question in enumerate(others):
         spoken = place == 0 and split.rng.random() < 0.5
         conversation.append(user(audio=split.add_clip(question)) if spoken else user(text=question))
         conversation.append(assistant(getattr(picture, QUESTIONS[question][0])))
@@ -300,10 +306,10 @@ def fact(split: Split, index: int) -> list[dict]:
 
 
 TYPES: dict[str, tuple[int, Callable[[Split, int], list[dict]]]] = {
-    "speech": (900, speech),
-    "typed_picture": (800, typed_picture),
-    "spoken_picture": (800, spoken_picture),
-    "turns": (200, turns),
+    "speech": (600, speech),
+    "typed_picture": (750, typed_picture),
+    "spoken_picture": (750, spoken_picture),
+    "turns": (600, turns),
     "pictures": (150, pictures),
     "text": (150, fact),
 }

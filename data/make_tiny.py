@@ -2,7 +2,7 @@
 
     python data/make_tiny.py [--sample data/sample] [--out data/tiny]
 
-The model has the architecture of Megrez-3B-Omni with about 2.4 million parameters. Its byte-level tokenizer
+The model has the architecture of Megrez-3B-Omni with about 2.3 million parameters. Its byte-level tokenizer
 knows the words of the sample as single tokens, and spells any other text in bytes.
 """
 
@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from train.data.chat import CHAT_TEMPLATE_JINJA, DEFAULT_SYSTEM_PROMPT
+
 SPECIAL_TOKENS = (
     *("<|eos|>", "<|unk|>", "<|pad|>", "<|role_start|>", "<|role_end|>", "<|turn_end|>"),
     *("<|image_start|>", "<|image_end|>", "<|image_pad|>"),
@@ -22,7 +24,7 @@ SPECIAL_TOKENS = (
     *("<|slice_start|>", "<|slice_end|>", "<|image_id_start|>", "<|image_id_end|>"),
 )
 TEMPLATE_TEXTS = (
-    "你是Megrez-3B-Instruct，将针对用户的问题给出详细的、积极的回答。",
+    DEFAULT_SYSTEM_PROMPT,
     "将语音转化为文字。",
     "Audio 1: \n",
     *("system", "user", "assistant", "observation"),
@@ -35,6 +37,8 @@ MAX_VOCABULARY = 1000
 QUERIES = 8
 """Token places of one slice."""
 PATCH = 14
+INITIAL_STD = 0.08
+"""Of random weights: about 1/√width, so that a layer hands on as much as it gets."""
 
 
 def texts(sample: Path) -> Iterator[str]:
@@ -64,9 +68,7 @@ def make_tokenizer(sample: Path) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(sample), trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 
 
@@ -87,6 +89,7 @@ def model_config(tokenizer: Tokenizer) -> dict:
         "rope_theta": 5e6,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
+        "initializer_range": INITIAL_STD,
         "bos_token_id": None,
         "eos_token_id": tokenizer.token_to_id("<|turn_end|>"),
         "pad_token_id": tokenizer.token_to_id("<|pad|>"),
@@ -163,6 +166,7 @@ def main() -> None:
         "tokenizer_config.json": TOKENIZER_CONFIG,
     }.items():
         (args.out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (args.out / "chat_template.jinja").write_text(CHAT_TEMPLATE_JINJA, encoding="utf-8")
     print(f"{args.out}: {tokenizer.get_vocab_size()} tokens, {len(SPECIAL_TOKENS)} of them special")
 
 

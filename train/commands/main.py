@@ -6,6 +6,7 @@ from types import ModuleType
 
 from train.commands import chat, export
 from train.errors import OmniTuneError
+from train.families.family import quieten_transformers
 
 COMMANDS: dict[str, ModuleType] = {"chat": chat, "export": export}
 
@@ -27,6 +28,7 @@ def main(words: list[str] | None = None) -> None:
     COMMANDS[name].arguments(parser)
     # Intermixed, so that a question may stand behind --image and --audio.
     chosen = parser.parse_intermixed_args(words[1:])
+    quieten_transformers()
     try:
         COMMANDS[name].run(chosen)
     except OmniTuneError as error:

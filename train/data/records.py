@@ -210,7 +210,8 @@ def _contained_file(kind: MediumKind, path: str, root: Path) -> str:
             real = os.path.realpath(real)
             status = os.stat(real) if _is_under(real, real_root) else None  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
-        raise BadRecord(f"{kind} '{path}' not found under {root}/; fix the path or set root") from None
+        where = "" if os.path.isabs(path) else f" under {root}/"  # noqa: PTH117
+        raise BadRecord(f"{kind} '{path}' not found{where}; fix the path or set root") from None
     except (OSError, ValueError) as error:
         raise BadRecord(f"{kind} {path!r} cannot be looked up ({error}); fix the path") from None
     if status is None:

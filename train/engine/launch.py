@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
     DeepSpeedPlugin,
@@ -17,6 +16,7 @@ from accelerate.utils import (
 )
 
 from train.config import Engine, Options, Precision
+from train.families.family import quieten_transformers
 
 _STAGES = {
     Engine.zero1: 1,
@@ -113,8 +113,7 @@ def _quieten(on_cuda: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO if is_main else logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quieten_transformers()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizer was used
     if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

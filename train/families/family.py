@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from train.errors import CheckpointError
 from train.modules.flops import Flops
@@ -66,6 +67,12 @@ class Family:
     def load_processor(self, folder: Path | str) -> Any:
         """The processor (tokenizer, pictures, audio) of the folder."""
         return _resolve(self.processor_class).from_pretrained(folder, local_files_only=True)
+
+
+def quieten_transformers() -> None:
+    """Let transformers speak of errors alone: no advice, no bars for loading and saving."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def _resolve(name: str) -> Any:
