@@ -9,12 +9,15 @@ knows the words of the sample as single tokens, and spells any other text in byt
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from train.data.chat import CHAT_TEMPLATE_JINJA, DEFAULT_SYSTEM_PROMPT
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from train.data.chat import CHAT_TEMPLATE_JINJA, DEFAULT_SYSTEM_PROMPT  # noqa: E402
 
 SPECIAL_TOKENS = (
     *("<|eos|>", "<|unk|>", "<|pad|>", "<|role_start|>", "<|role_end|>", "<|turn_end|>"),
