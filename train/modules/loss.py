@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1024
-"""Tokens whose logits exist at one time: 0.5 GB of float32 for 122880 words."""
+CHUNK = 512
+"""Tokens whose logits exist at one time: 0.25 GB of float32 for 122880 words."""
 
 
 def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:

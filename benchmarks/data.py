@@ -1,0 +1,136 @@
+"""The data path on one core: reading headers, planning a million records, sharing out work, decoding.
+
+python benchmarks/data.py
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import finish, measured, print_table, use_one_core
+from workload import draw
+
+from train.config import MODULES, DataOptions
+from train.data.lengths import LengthCache
+from train.data.plan import Limits, assign, plan_epoch
+from train.data.record_set import RecordSet, SourceSpec
+from train.families import find
+from train.modules.flops import megrezo_flops
+from train.modules.megrezo import MegrezO, MegrezOConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RANKS, PACKS_EACH = 8, 4
+"""Ranks that share a step, and packs of each."""
+
+WARM_UP = 100
+"""Records read before the clock starts."""
+
+
+def header_figures(records: RecordSet) -> dict[str, float]:
+    """Records measured a second, from files and from the cache, after a few that load the decoders."""
+    for index in range(min(len(records), WARM_UP)):
+        records.processor.measure(records.record(index))
+    with tempfile.TemporaryDirectory() as folder:
+        cache = LengthCache(Path(folder), "benchmark")
+        (_, bad), fresh = measured(lambda: records.measure(cache))
+        _, cached = measured(lambda: records.measure(cache))
+    assert not bad, bad
+    return {
+        "headers_records_per_s": len(records) / fresh.seconds,
+        "headers_cached_records_per_s": len(records) / cached.seconds,
+    }
+
+
+def decode_figures(records: RecordSet, count: int) -> dict[str, float]:
+    """Records encoded a second, spread evenly over the set: all, and those of each type."""
+    chosen = range(0, len(records), max(len(records) // count, 1))
+    by_type: dict[str, list[float]] = {}
+    for index in chosen:
+        record = records.record(index)
+        start = time.process_time()
+        records.processor.encode(record)
+        by_type.setdefault(record.type, []).append(time.process_time() - start)
+    seconds = [taken for of_type in by_type.values() for taken in of_type]
+    figures = {"decode_records_per_s": len(seconds) / sum(seconds)}
+    return figures | {f"decode_{name}_records_per_s": len(of) / sum(of) for name, of in sorted(by_type.items())}
+
+
+def plan_figures(lengths: np.ndarray) -> tuple[dict[str, float], list[list[int]]]:
+    """Time, fill and memory of an epoch's plan."""
+    options = DataOptions()
+    limits = Limits(options.max_tokens, options.max_patches, options.max_frames)
+    packs, cost = measured(lambda: plan_epoch(lengths, [np.arange(len(lengths))], [1.0], limits, seed=0, epoch=0))
+    held = sum(sys.getsizeof(pack) + sum(map(sys.getsizeof, pack)) for pack in packs) + sys.getsizeof(packs)
+    figures = {
+        "plan_s": cost.seconds,
+        "packs": len(packs),
+        "pack_fill": float(lengths[:, 0].sum()) / (limits.tokens * len(packs)),
+        "plan_mib": (held + lengths.nbytes) / 2**20,
+        "plan_peak_mib": cost.peak_bytes / 2**20,
+    }
+    return figures, packs
+
+
+def balance_figures(lengths: np.ndarray, packs: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Dearest rank over mean rank, by predicted work of the published model, and what the sharing out costs."""
+    with torch.device("meta"):
+        model = MegrezO(MegrezOConfig())
+    costs = megrezo_flops(model, model.config, MODULES).of(lengths)
+    pack_costs = np.array([costs[pack].sum() for pack in packs])
+    in_step = RANKS * PACKS_EACH
+    steps = pack_costs[: len(packs) // in_step * in_step].reshape(-1, in_step)
+    start = time.process_time()
+    shared = [assign(step.tolist(), RANKS) for step in steps]
+    seconds = time.process_time() - start
+    work = np.array([[step[rank].sum() for rank in ranks] for step, ranks in zip(steps, shared, strict=True)])
+    in_order = steps.reshape(len(steps), RANKS, PACKS_EACH).sum(axis=2)
+    return {
+        "balance_steps": len(steps),
+        "balance_max_over_mean_p50": float(np.percentile(_imbalance(work), 50)),
+        "balance_max_over_mean_p99": float(np.percentile(_imbalance(work), 99)),
+        "balance_max_over_mean_worst": float(_imbalance(work).max()),
+        "balance_in_order_p99": float(np.percentile(_imbalance(in_order), 99)),
+        "assign_ms_per_step": 1000 * seconds / len(steps),
+    }
+
+
+def _imbalance(work: np.ndarray) -> np.ndarray:
+    """Dearest rank over the mean of each step: (steps, ranks) to (steps,)."""
+    return work.max(axis=1) / work.mean(axis=1)
+
+
+def figures_of(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is reported."""
+    processor = find(chosen.model).load_processor(chosen.model)
+    source = SourceSpec("train", str(chosen.records), str(chosen.records.parent))
+    records = RecordSet([source], processor, max_tokens=DataOptions().max_tokens, too_long="quarantine")
+    figures: dict[str, Any] = {"records": len(records), "planned_records": chosen.planned}
+    figures |= header_figures(records) | decode_figures(records, chosen.decoded)
+    lengths = draw(chosen.planned).lengths()
+    planned, packs = plan_figures(lengths)
+    return figures | planned | balance_figures(lengths, packs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, and write it as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--records", type=Path, default=ROOT / "data/sample/train.jsonl", help="for headers, decoding")
+    parser.add_argument("--model", type=Path, default=ROOT / "data/tiny", help="folder whose processor reads them")
+    parser.add_argument("--decoded", type=int, default=600, help="records to decode")
+    parser.add_argument("--planned", type=int, default=1_000_000, help="records of the workload to plan")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    chosen = parser.parse_args(arguments)
+    use_one_core()
+    figures = figures_of(chosen)
+    print_table([{"figure": name, "value": value} for name, value in figures.items()])
+    finish(figures, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
