@@ -15,7 +15,7 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt
   echo "Setting up $venv (once; a few minutes)" >&2
   [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
   pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
-  pip install -c constraints.txt torch setuptools wheel ninja
+  pip install -c constraints.txt torch numpy setuptools wheel ninja
   extras=train,test
   if "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then extras="$extras,gpu"; fi
   # DeepSpeed is a source package that looks at the torch already installed.
