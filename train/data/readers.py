@@ -6,6 +6,7 @@ the disk, so memory does not grow with them beyond 24 bytes a line; a JSON list 
 
 import json
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,18 +23,18 @@ _SHORT = 32
 """Bytes within which a line may turn out to be blank; no record is as short."""
 
 
-class Source:
+class Source(ABC):
     """The raw records of one file, by index. It can be pickled: files are reopened where they are read."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The record, which is a JSON object; BadRecord where it cannot be read as one."""
-        raise NotImplementedError
 
     def line(self, index: int) -> int:
         """Where the record stands, from 1: the line in a JSON lines file, else the item or row."""
@@ -131,7 +132,7 @@ class Parquet(Source):
         return self._rows[int(index)].to_pylist()[0]
 
 
-_FORMATS = {"jsonl": JsonLines, "json": JsonList, "parquet": Parquet}
+_FORMATS: dict[str, type[JsonLines | JsonList | Parquet]] = {"jsonl": JsonLines, "json": JsonList, "parquet": Parquet}
 
 
 def open_source(path: str | Path, format: str = "auto") -> Source:

@@ -1,7 +1,7 @@
 """LoRA through peft: adapters onto our modules, into and out of a folder, merged."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from train.errors import OmniTuneError
-from train.modules.trainable import Rules, canonical_name, is_adapter, module_of
+from train.modules.trainable import Rules, canonical_name, module_of
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,6 @@ class LoraSettings:
     rank: int
     alpha: float
     dropout: float
-
-    def to_dict(self) -> dict:
-        """Plain values, for JSON."""
-        return {**asdict(self), "targets": {name: list(ends) for name, ends in self.targets.items()}}
 
 
 def add_adapters(
@@ -88,8 +84,3 @@ def _roots(model: nn.Module, rules: Rules, module: str, prefix: str = "") -> Ite
             yield path
         elif module in owners:
             yield from _roots(child, rules, module, f"{path}.")
-
-
-def has_adapters(state: Mapping[str, Tensor]) -> bool:
-    """Whether trained values hold adapters."""
-    return any(is_adapter(name) for name in state)
