@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import socket
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -193,6 +194,15 @@ def _make_folder(options: Options, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
+    host = None if folder.is_dir() else socket.gethostname()
+    blind = sorted({str(name) for name in gather_object([host]) if name})
+    if blind:
+        raise ConfigError(
+            [
+                f"run.dir: '{folder.absolute()}' was made on the first machine, and {', '.join(blind)} cannot see it; "
+                "name a folder on a disk that all machines share"
+            ]
+        )
     return folder
 
 
@@ -226,7 +236,8 @@ def _read_data(
         max_fraction=options.data.max_bad_fraction,
     )
     cache = _length_cache(options, base)
-    with accelerator.main_process_first():  # the other ranks then find the lengths in the cache
+    # The others then find the lengths in the cache: of the run, or of their own machine.
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
         measured, bad = train_set.measure(cache)
         eval_measured = None
         if eval_set:

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ _STAGES = {
     Engine.zero2_offload: 2,
     Engine.zero3_offload: 3,
 }
+
+_PATIENCE = timedelta(hours=3)
+"""How long a rank waits for the others: they may be measuring a million records, or writing a large model to a slow
+disk. A rank that is gone is noticed at once, by its closed connections and by the launcher."""
 
 
 def zero_stage(options: Options) -> int:
@@ -86,8 +91,8 @@ def make_accelerator(options: Options) -> Accelerator:
     _quieten(on_cuda)
     torch.set_num_threads(options.run.threads or max(1, (os.cpu_count() or 1) // local_world_size()))
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    if not on_cuda and (world_size() > 1 or zero_stage(options)):
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    if world_size() > 1 or zero_stage(options):
+        handlers.append(InitProcessGroupKwargs(backend=None if on_cuda else "gloo", timeout=_PATIENCE))
     plugin = None
     if zero_stage(options):
         _single_process_rendezvous()
