@@ -1,8 +1,8 @@
 """Options into objects: the one place that knows both."""
 
 import logging
+import os
 import shutil
-import socket
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -21,6 +21,7 @@ from train.data.lengths import LengthCache, digest
 from train.data.loader import StepLoader, StepPlan
 from train.data.plan import Limits
 from train.data.record_set import Measured, RecordSet, SourceSpec
+from train.engine.agreement import check_folder, check_records
 from train.engine.checkpoint import Checkpoints, trained_state
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
@@ -71,7 +72,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     resolved: the options as plain values, for config.yaml and the tracker.
     Raises ConfigError with all faults of the options before anything is loaded.
     """
-    check(options, world_size())
+    check(options, world_size(), os.environ)
     family = find(model_folder(options)[1])
     _check_family(options, family)
     accelerator = make_accelerator(options)
@@ -193,16 +194,7 @@ def _make_folder(options: Options, accelerator: Accelerator) -> Path:
     folder = Path(name[0])
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    host = None if folder.is_dir() else socket.gethostname()
-    blind = sorted({str(name) for name in gather_object([host]) if name})
-    if blind:
-        raise ConfigError(
-            [
-                f"run.dir: '{folder.absolute()}' was made on the first machine, and {', '.join(blind)} cannot see it; "
-                "name a folder on a disk that all machines share"
-            ]
-        )
+    check_folder(folder, accelerator)
     return folder
 
 
@@ -243,6 +235,9 @@ def _read_data(
         if eval_set:
             eval_measured, bad_eval = eval_set.measure(cache)
             bad += bad_eval
+    check_records(measured, "data.train", accelerator)
+    if eval_measured:
+        check_records(eval_measured, "data.eval", accelerator)
     quarantine.add(bad)
     if bad and accelerator.is_main_process:
         log.warning("%d records cannot be used; quarantine.jsonl says why", len(bad))

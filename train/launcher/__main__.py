@@ -27,7 +27,7 @@ def main(words: list[str]) -> None:
     """Start the ranks of this machine, and end with their exit code and the failure that counts."""
     arguments = parse_args(words)
     logging.disable(logging.ERROR)  # the agent's account of a failure; ours stands at the end
-    # Ranks that were ended leave semaphores behind, which Python's resource tracker removes, and reports at the very end.
+    # Ranks that were ended leave semaphores; Python's resource tracker removes them, and says so at the very end.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     _, count = parse_min_max_nnodes(arguments.nnodes)
     if count > 1:
