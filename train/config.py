@@ -153,7 +153,7 @@ class EngineOptions:
     name: Engine = Engine.ddp
     """How ranks share the work; set by the `engine` group."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Entries merged last into the DeepSpeed configuration."""
+    """Entries merged last into the DeepSpeed configuration, which refuses what it does not know."""
 
 
 @dataclass

@@ -4,14 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, losses, succeed, write_records
+from tests.runs import ROOT, clean_environment, losses, succeed, write_records
 
 pytestmark = [
     pytest.mark.end_to_end,
@@ -35,15 +34,12 @@ class Machine:
         self.process: subprocess.Popen | None = None
 
     def start(self, words: list[str], *, before: str = "true") -> None:
-        environment = {name: value for name, value in os.environ.items() if "WANDB" not in name}
-        environment |= {
+        environment = clean_environment() | {
             "OMNITUNE_VENV": str(self.venv),
             "NUM_MACHINES": "2",
             "MACHINE_RANK": str(self.rank),
             "MAIN_ADDRESS": ADDRESSES[0],
             "NUM_PROCESSES": "1",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
         }
         inside = ["ip", "netns", "exec", self.name, "bash", "-c", f'{before} && exec ./launch.sh "$@"', "machine"]
         with self.log.open("w") as log:
@@ -62,17 +58,6 @@ class Machine:
             os.kill(int(process), signal.SIGKILL)
         if self.process:
             self.process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The environment of these tests under a stamp that tells launch.sh to use it as it is."""
-    folder = tmp_path_factory.mktemp("venv")
-    for entry in Path(sys.prefix).iterdir():
-        if entry.name != ".installed":
-            (folder / entry.name).symlink_to(entry)
-    (folder / ".installed").touch()
-    return folder
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def main(words: list[str]) -> None:
         code, failure = 1, str(gone)
     if code:
         print(failure, file=sys.stderr, flush=True)
-        sys.exit(code)
+        os._exit(code)  # a thread that waits for a machine that is gone would not let Python end in order
 
 
 def _run(arguments: argparse.Namespace, machines: Machines) -> tuple[int, str]:
