@@ -49,6 +49,13 @@ class Machine:
         assert self.process
         return self.process.wait(timeout_s)
 
+    def is_quiet(self) -> bool:
+        """Whether none of its processes is left, or will be in a moment."""
+        deadline = time.monotonic() + 20
+        while ip(f"netns pids {self.name}") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return not ip(f"netns pids {self.name}")
+
     def said(self) -> str:
         return self.log.read_text()
 
@@ -127,6 +134,7 @@ def test_a_killed_machine_ends_the_other(machines: list[Machine], tmp_path: Path
     assert machines[0].wait(60) == 1
     assert machines[0].said().splitlines()[-1].startswith("error: rank 0 on ")
     assert "lost the connection to another rank" in machines[0].said().splitlines()[-1]
+    assert machines[0].is_quiet()
 
 
 def test_an_unplugged_machine_ends_both(machines: list[Machine], tmp_path: Path) -> None:
@@ -137,6 +145,7 @@ def test_an_unplugged_machine_ends_both(machines: list[Machine], tmp_path: Path)
     for machine, other in zip(machines, (1, 0), strict=True):
         assert machine.wait(60) == 1
         assert machine.said().splitlines()[-1].startswith(f"error: machine {other} is gone")
+        assert machine.is_quiet()
 
 
 def test_a_fault_on_one_machine_is_the_last_word_on_both(machines: list[Machine], tmp_path: Path) -> None:
