@@ -1,6 +1,9 @@
 """Rules between options. All faults are found before anything is loaded, and reported together."""
 
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from train.config import MODULES, Engine, Options
 from train.errors import ConfigError
@@ -22,6 +25,7 @@ def check(options: Options, world_size: int = 1) -> None:
         *_tuning_faults(options),
         *_number_faults(options),
         *_launch_faults(options, world_size),
+        *_liger_faults(options),
     ]
     if faults:
         raise ConfigError(faults)
@@ -146,4 +150,14 @@ def _launch_faults(options: Options, world_size: int) -> list[str]:
         return [f"engine=none is for one process, and {world_size} were launched; use engine=ddp or engine=zero2"]
     if options.engine.deepspeed and not options.engine.name.startswith("zero"):
         return [f"engine.deepspeed is set, but engine={options.engine.name} does not use DeepSpeed"]
+    return []
+
+
+def _liger_faults(options: Options) -> list[str]:
+    if not options.run.liger_loss:
+        return []
+    if not torch.cuda.is_available():
+        return ["run.liger_loss: Liger's kernel needs CUDA, which torch does not see here; leave the option out"]
+    if find_spec("liger_kernel") is None:
+        return ["run.liger_loss: the package liger-kernel is not installed; pip install liger-kernel, or leave it out"]
     return []

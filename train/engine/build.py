@@ -255,6 +255,7 @@ def _load_model(options: Options, family: Family, base: Path) -> nn.Module:
     """The model with what learns chosen: float32 where the masters live in it, frozen parts in the compute dtype."""
     in_bf16 = options.run.precision is Precision.bf16
     model = family.load_model(base, dtype=torch.bfloat16 if in_bf16 and zero_stage(options) else torch.float32)
+    model.liger_loss = options.run.liger_loss
     tuned = tuned_modules(options)
     if options.run.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
