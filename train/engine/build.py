@@ -113,10 +113,11 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
             accelerator,
             wrapped,
             optimizer,
+            LearningRates(groups, options.optim, total_steps),
+            media=family.media,
             sources=len(train_set.specs),
             max_grad_norm=options.optim.max_grad_norm,
         ),
-        rates=LearningRates(groups, options.optim, total_steps),
         steps_from=partial(_steps_from, plan, train_set, accelerator, options),
         source_names=[spec.name for spec in train_set.specs],
         rhythm=Rhythm(
