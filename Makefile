@@ -6,13 +6,13 @@ export OMNITUNE_VENV := $(VENV)
 RUN := $(VENV)/bin/
 
 test: setup
-	$(RUN)pytest -q -m "not gpu"
+	$(RUN)pytest -q -m "not gpu and not exhaustive"
 
 check: setup
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
-	$(RUN)pytest -q -n 2 -m "not gpu" tests/unit
+	$(RUN)pytest -q -n 2 -m "not gpu and not exhaustive" tests/unit
 
 format: setup
 	$(RUN)ruff check --fix .

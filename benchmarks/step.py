@@ -159,13 +159,13 @@ def useful_flops(model: MegrezO, packs: Sequence[Batch]) -> float:
 
 
 def measure_ways(
-    model: MegrezO, inputs: dict[str, list[Batch]], warm_up: Batch, repeats: int, device: str
+    model: MegrezO, inputs: dict[str, list[Batch]], repeats: int, device: str
 ) -> tuple[dict[str, list[Cost]], dict[str, float]]:
     """Costs and loss of each way, the ways in turn; losses and gradient norms must agree."""
     costs: dict[str, list[Cost]] = {name: [] for name in inputs}
     losses, norms = {}, {}
-    for name in inputs:  # what is set up at first use is nobody's cost
-        forward_backward(model, [warm_up], WAYS[name], device)
+    for name, batches in inputs.items():  # what is set up and paged in at first use is nobody's cost
+        forward_backward(model, batches[:1], WAYS[name], device)
         take_gradient_norm(model)
     for _ in range(repeats):
         for name, batches in inputs.items():
@@ -187,7 +187,7 @@ def figures_of(chosen: argparse.Namespace) -> dict[str, Any]:
     model = build(config, chosen.device)
     packs, fours = batches_of(config, chosen.packs, chosen.seed)
     inputs = {name: packs if savings.packing else fours for name, savings in WAYS.items()}
-    costs, losses = measure_ways(model, inputs, fours[-1], chosen.repeats, chosen.device)
+    costs, losses = measure_ways(model, inputs, chosen.repeats, chosen.device)
     supervised = sum(len(batch.targets) for batch in packs)
     seconds = {name: statistics.median(cost.seconds for cost in of_way) for name, of_way in costs.items()}
     flops = {name: counted_flops(model, batches, WAYS[name]) for name, batches in inputs.items()}

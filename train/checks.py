@@ -1,7 +1,10 @@
 """Rules between options. All faults are found before anything is loaded, and reported together."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from train.config import MODULES, Engine, Options
 from train.errors import ConfigError
@@ -41,6 +44,7 @@ def check(options: Options, world_size: int = 1, environment: Mapping[str, str] 
         *_launch_faults(options, world_size),
         *_deepspeed_faults(options),
         *_accelerate_faults(options, environment or {}),
+        *_liger_faults(options),
     ]
     if faults:
         raise ConfigError(faults)
@@ -222,3 +226,13 @@ def _accelerate_faults(options: Options, environment: Mapping[str, str]) -> list
         "with a zero engine": bool(told) and "MASTER_PORT" in environment and "WORLD_SIZE" not in environment,
     }
     return [f"accelerate launch: {fault}" for fault, applies in rules.items() if applies]
+
+
+def _liger_faults(options: Options) -> list[str]:
+    if not options.run.liger_loss:
+        return []
+    if not torch.cuda.is_available():
+        return ["run.liger_loss: Liger's kernel needs CUDA, which torch does not see here; leave the option out"]
+    if find_spec("liger_kernel") is None:
+        return ["run.liger_loss: the package liger-kernel is not installed; pip install liger-kernel, or leave it out"]
+    return []

@@ -197,6 +197,8 @@ class RunOptions:
     """Precision of the computation; masters and moments are float32 always."""
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in the backward: less memory, a third more work."""
+    liger_loss: bool = False
+    """Head and loss by Liger's fused kernel (CUDA, package liger-kernel) in place of the built-in chunks."""
     deterministic: bool = False
     """Refuse CUDA operations whose result varies from run to run."""
     threads: int = 0

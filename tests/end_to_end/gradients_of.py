@@ -54,7 +54,7 @@ def main(out: str, packs_of_ranks: str, *words: str) -> None:
     )
     mine = json.loads(packs_of_ranks)[int(os.environ.get("RANK", "0"))]
     step.model.train()
-    result = step([records.batch(pack)[0] for pack in mine])
+    result = step(0, [records.batch(pack)[0] for pack in mine])
     if run.accelerator.is_main_process:
         save_file(gradients, out, metadata={"loss": repr(result.loss)})
     close(run.accelerator, step.model)

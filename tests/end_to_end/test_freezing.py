@@ -1,12 +1,13 @@
 """Frozen is frozen: for each of the 31 combinations of the flags, and for LoRA's base."""
 
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
-from tests.runs import build_here, write_records
+from tests.runs import SAMPLE, build_here, succeed, write_records
 from train.config import MODULES
 from train.families.megrezo import MEGREZO
 from train.modules.trainable import FROZEN, canonical_name, is_adapter, module_of
@@ -62,3 +63,39 @@ def test_lora_leaves_the_base_alone_and_changes_the_adapter(tmp_path: Path) -> N
     for name, parameter in model.named_parameters():
         if ".base_layer." in name:
             assert parameter.equal(base[canonical_name(name)])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3_offload"])
+def test_weight_decay_does_not_move_what_no_sample_uses(engine: str, tmp_path: Path) -> None:
+    lines = (SAMPLE / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [line for line in lines if '"type": "text"' in line][:12]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    source = f"data.train=[{{path: {tmp_path / 'texts.jsonl'}}}]"
+    run = tmp_path / "run"
+    succeed(
+        [
+            *(source, "data.eval=[]", f"engine={engine}", "optim.weight_decay=0.5", "optim.warmup_ratio=0"),
+            *("run.max_steps=2", "run.packs_per_step=1", "run.epochs=2", "tracker=none", f"run.dir={run}"),
+        ],
+        processes=2,
+    )
+    before = load_file(run / "initial_model" / "model.safetensors")
+    after = load_file(run / "export" / "model.safetensors")
+    changed = {module_of(name, MEGREZO.rules) for name in before if not after[name].equal(before[name])}
+    assert changed == {"llm"}
+
+
+def test_old_moments_do_not_move_what_no_sample_uses(tmp_path: Path) -> None:
+    run = build_here([*words(tmp_path), "optim.schedule=constant"])
+    step, records = run.trainer.train_step, run.trainer.steps_from(0, 0).records
+    step.model.train()
+    kinds = run.trainer.steps_from(0, 0).plan.measured.types
+
+    def train_on(number: int, kind: str) -> dict[str, Tensor]:
+        step(number, [records.batch([index for index, found in enumerate(kinds) if found == kind])[0]])
+        return {name: parameter.detach().clone() for name, parameter in step.model.named_parameters()}
+
+    states = [train_on(0, "spoken_picture"), train_on(1, "typed_picture"), train_on(2, "text")]
+    for (before, after), idle in zip(pairwise(states), [{"audio"}, {"audio", "vision"}], strict=True):
+        changed = {name.split(".")[0] for name in before if not after[name].equal(before[name])}
+        assert changed == {"llm", "vision", "audio"} - idle

@@ -139,3 +139,14 @@ def test_what_accelerate_was_told_alike(options: Options) -> None:
         "WORLD_SIZE": "2",
     }
     check(options, 2, ACCELERATE | told)
+
+
+def test_ligers_kernel_needs_cuda(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    options.run.liger_loss = True
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert faults(options) == [
+        "run.liger_loss: Liger's kernel needs CUDA, which torch does not see here; leave the option out"
+    ]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("train.checks.find_spec", lambda name: None)
+    assert "pip install liger-kernel" in faults(options)[0]

@@ -110,8 +110,9 @@ def pack(
 def assign(costs: Sequence[float], world_size: int) -> list[list[int]]:
     """The packs of a step (by index) that each rank computes, equally many on each, by predicted cost.
 
-    The dearest pack first, to the rank with the least work that has a place left. Where packs do not
-    divide evenly, some ranks get one fewer: the loader fills up with packs of weight zero.
+    The dearest pack first, to the rank with the least work that has a place left; then packs of the busiest
+    rank are exchanged for others while that lowers its work. Where packs do not divide evenly, some ranks get
+    one fewer: the loader fills up with packs of weight zero.
     """
     places = -(-len(costs) // world_size)
     ranks: list[list[int]] = [[] for _ in range(world_size)]
@@ -120,4 +121,29 @@ def assign(costs: Sequence[float], world_size: int) -> list[list[int]]:
         rank = min((r for r in range(world_size) if len(ranks[r]) < places), key=lambda r: (work[r], r))
         ranks[rank].append(index)
         work[rank] += costs[index]
+    while exchange := _best_exchange(costs, ranks, work):
+        busiest, mine, other, theirs = exchange
+        difference = costs[ranks[busiest][mine]] - costs[ranks[other][theirs]]
+        ranks[busiest][mine], ranks[other][theirs] = ranks[other][theirs], ranks[busiest][mine]
+        work[busiest] -= difference
+        work[other] += difference
     return ranks
+
+
+def _best_exchange(
+    costs: Sequence[float], ranks: list[list[int]], work: list[float]
+) -> tuple[int, int, int, int] | None:
+    """(busiest rank, place in it, other rank, place in it) whose exchange leaves the least work on either of them.
+
+    None where no exchange lowers the busiest rank's work by a thousandth: nothing goes on for ever over rounding.
+    """
+    busiest = max(range(len(ranks)), key=lambda rank: work[rank])
+    least, best = work[busiest] * 0.999, None
+    for other in range(len(ranks)):
+        for mine, dear in enumerate(ranks[busiest]):
+            for theirs, cheap in enumerate(ranks[other]):
+                difference = costs[dear] - costs[cheap]
+                higher = max(work[busiest] - difference, work[other] + difference)
+                if higher < least:
+                    least, best = higher, (busiest, mine, other, theirs)
+    return best

@@ -115,10 +115,11 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
             accelerator,
             wrapped,
             optimizer,
+            LearningRates(groups, options.optim, total_steps),
+            media=family.media,
             sources=len(train_set.specs),
             max_grad_norm=options.optim.max_grad_norm,
         ),
-        rates=LearningRates(groups, options.optim, total_steps),
         steps_from=partial(_steps_from, plan, train_set, accelerator, options),
         source_names=[spec.name for spec in train_set.specs],
         rhythm=Rhythm(
@@ -261,6 +262,7 @@ def _load_model(options: Options, family: Family, base: Path) -> nn.Module:
     """The model with what learns chosen: float32 where the masters live in it, frozen parts in the compute dtype."""
     in_bf16 = options.run.precision is Precision.bf16
     model = family.load_model(base, dtype=torch.bfloat16 if in_bf16 and zero_stage(options) else torch.float32)
+    model.liger_loss = options.run.liger_loss
     tuned = tuned_modules(options)
     if options.run.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,5 +1,6 @@
 """AdamW over the module groups, and the learning rate as a pure function of the step."""
 
+from collections.abc import Collection
 from math import cos, pi
 from typing import Any
 
@@ -39,10 +40,14 @@ class LearningRates:
         }[self.optim.schedule]
         return self.optim.min_lr_ratio + (1 - self.optim.min_lr_ratio) * shape
 
-    def set(self, optimizer: Any, step: int) -> dict[str, float]:
-        """Put the step's rates into the optimizer; returns them by module, for the metrics."""
+    def set(self, optimizer: Any, step: int, idle: Collection[str] = ()) -> dict[str, float]:
+        """Put the step's rates into the optimizer; returns them by group, for the metrics.
+
+        idle: modules that no sample of the step uses. Their rate is 0, so that neither weight decay nor old
+        moments move them; their moments fade as in any step whose gradient is zero.
+        """
         factor = self.factor(step)
         rates = {}
         for target, group in zip(optimizer.param_groups, self.groups, strict=True):
-            target["lr"] = rates[group.module] = group.lr * factor
+            target["lr"] = rates[group.label] = 0.0 if group.module in idle else group.lr * factor
         return rates

@@ -3,9 +3,9 @@
 loss = Σ weight · cross-entropy / Σ weight, over all supervised tokens of the step on all ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from train.engine.optimizer import LearningRates
+from train.families.family import Medium
 from train.schema import Batch
 
 
@@ -20,6 +22,7 @@ from train.schema import Batch
 class StepResult:
     """Sums over all ranks, and the means made of them.
 
+    rates: the learning rate of each parameter group, by its label.
     source_losses: float64 (sources,), NaN for a source that this step had nothing of.
     """
 
@@ -29,11 +32,13 @@ class StepResult:
     tokens: int
     supervised_tokens: int
     bad_records: int
+    rates: dict[str, float] = field(default_factory=dict)
 
 
 class TrainStep:
     """Computes gradients and updates the parameters; every rank must call it with equally many packs.
 
+    media: the medium without which a module is idle in a step, by module (see `Family.media`).
     max_grad_norm: global L2 norm that gradients are scaled down to (0 = never); under DeepSpeed its own
     configuration says it.
     """
@@ -43,16 +48,18 @@ class TrainStep:
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: Any,
+        rates: LearningRates,
         *,
+        media: Mapping[str, Medium],
         sources: int,
         max_grad_norm: float,
     ):
-        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
-        self.sources, self.max_grad_norm = sources, max_grad_norm
+        self.accelerator, self.model, self.optimizer, self.rates = accelerator, model, optimizer, rates
+        self.media, self.sources, self.max_grad_norm = media, sources, max_grad_norm
         self._deepspeed = accelerator.distributed_type == "DEEPSPEED"
 
-    def __call__(self, batches: Sequence[Batch], bad_records: int = 0) -> StepResult:
-        """One update from this rank's packs; `bad_records` is summed over the ranks on the way."""
+    def __call__(self, step: int, batches: Sequence[Batch], bad_records: int = 0) -> StepResult:
+        """Update number `step`, from 0 on, from this rank's packs; `bad_records` is summed over the ranks."""
         counts = self._summed(
             torch.tensor(
                 [
@@ -60,11 +67,15 @@ class TrainStep:
                     sum(int(batch.cu_seqlens[-1]) for batch in batches if batch.records),
                     sum(int((batch.loss_weights > 0).sum()) for batch in batches),
                     bad_records,
+                    sum(len(batch.patches) for batch in batches),
+                    sum(batch.mel.shape[1] for batch in batches),
                 ],
                 dtype=torch.float64,
             )
         )
         weight = float(counts[0])
+        # DeepSpeed updates in its last backward, so the rates are set before it.
+        rates = self.rates.set(self.optimizer, step, self._idle(patches=int(counts[4]), frames=int(counts[5])))
         sums = torch.zeros(2, self.sources, dtype=torch.float64)
         for index, batch in enumerate(batches):
             losses = self._forward_backward(batch, weight, is_last=index == len(batches) - 1)
@@ -80,7 +91,12 @@ class TrainStep:
             tokens=int(counts[1]),
             supervised_tokens=int(counts[2]),
             bad_records=int(counts[3]),
+            rates=rates,
         )
+
+    def _idle(self, **used: int) -> set[str]:
+        """The modules that nothing in the step uses: their gradient is the dummy's zero."""
+        return {module for module, medium in self.media.items() if not used[medium]}
 
     def _forward_backward(self, batch: Batch, weight: float, *, is_last: bool) -> Tensor:
         """The pack's share of the step's gradient; returns the loss of each target.

@@ -13,7 +13,6 @@ from train.data.loader import Fetched
 from train.engine.checkpoint import Checkpoints
 from train.engine.evaluator import Evaluator
 from train.engine.metrics import Observer, StepReport
-from train.engine.optimizer import LearningRates
 from train.engine.quarantine import Quarantine
 from train.engine.step import TrainStep
 
@@ -49,7 +48,6 @@ class Trainer:
 
     accelerator: Accelerator
     train_step: TrainStep
-    rates: LearningRates
     steps_from: Callable[[int, int], Iterable[Fetched]]
     source_names: Sequence[str]
     rhythm: Rhythm
@@ -101,8 +99,7 @@ class Trainer:
 
     def _train_on(self, fetched: Fetched, wait_s: float) -> None:
         began = time.perf_counter()
-        rates = self.rates.set(self.train_step.optimizer, self.position.step)
-        result = self.train_step(fetched.batches, bad_records=len(fetched.bad))
+        result = self.train_step(self.position.step, fetched.batches, bad_records=len(fetched.bad))
         self.position = Position(self.position.step + 1, fetched.epoch, fetched.step_in_epoch + 1)
         if result.bad_records:
             self.quarantine.add(gather_object(fetched.bad))
@@ -115,7 +112,7 @@ class Trainer:
             supervised_tokens=result.supervised_tokens,
             step_s=time.perf_counter() - began + wait_s,
             data_wait_s=wait_s,
-            rates=rates,
+            rates=result.rates,
             source_losses={name: loss for name, loss in losses if loss == loss},
         )
         for observer in self.observers:

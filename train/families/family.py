@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -13,6 +13,9 @@ import transformers
 from train.errors import CheckpointError
 from train.modules.flops import Flops
 from train.modules.trainable import FROZEN, Rules
+
+Medium = Literal["patches", "frames"]
+"""Field of `schema.Lengths` that counts a medium."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Family:
     """Ordered (pattern of parameter names, module); every parameter must be covered."""
     flops_function: str
     """Predicts a step's work: (model, its config, tuned modules) to `modules.flops.Flops`."""
+    media: Mapping[str, Medium]
+    """What a module needs in a step to have anything to learn from; a module not named here always learns."""
     lora_targets: Mapping[str, tuple[str, ...]]
     """Linear layers that LoRA adapts in each module if the options name none."""
 

@@ -20,6 +20,7 @@ MEGREZO = Family(
         ("llm.*", "llm"),
     ),
     flops_function="train.modules.flops:megrezo_flops",
+    media={"vision_encoder": "patches", "vision_proj": "patches", "audio_encoder": "frames", "audio_proj": "frames"},
     lora_targets={
         "llm": _ATTENTION_AND_MLP,
         "vision_encoder": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),

@@ -8,11 +8,14 @@ CHUNK = 512
 """Tokens whose logits exist at one time: 0.25 GB of float32 for 122880 words."""
 
 
-def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def token_losses(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, *, chunk: int = CHUNK, liger: bool = False
+) -> Tensor:
     """Cross-entropy of each token, in nats.
 
     The logits are made `chunk` tokens at a time, in float32 after the product, and again in the backward.
-    What is frozen, the head or the hidden states, costs no gradient.
+    What is frozen, the head or the hidden states, costs no gradient. With `liger` its fused kernel does the
+    same, in chunks of its own choice (CUDA only; the package liger-kernel).
 
     Args:
         hidden: (M, D); M may be 0.
@@ -22,6 +25,12 @@ def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor, *, chunk:
     Returns:
         float32 (M,)
     """
+    if liger and len(targets):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return liger_fused_linear_cross_entropy(
+            hidden, head_weight, targets, reduction="none", accum_dtype=torch.float32
+        )
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
     return _TokenLosses.apply(hidden, head_weight, targets, chunk, dtype)
@@ -59,9 +68,17 @@ class _TokenLosses(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ product_weight
             if grad_weight is not None:
-                grad_weight += grad.T @ hidden[rows].to(ctx.dtype)
+                _add_product(grad_weight, grad.T, hidden[rows].to(ctx.dtype))
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return F.linear(hidden.to(weight.dtype), weight).float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, without a copy of the product where the dtypes allow it."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

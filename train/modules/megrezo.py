@@ -150,7 +150,8 @@ class MegrezO(PreTrainedModel, GenerationMixin):
     """Megrez-3B-Omni over packs of samples.
 
     `call_every_module` says whether a tower for which a batch has no input runs on a dummy (see `embed`):
-    None means while training. Evaluation under ZeRO-3 needs True.
+    None means while training. Evaluation under ZeRO-3 needs True. `liger_loss` picks Liger's kernel for the
+    loss (see `loss.token_losses`).
     """
 
     config_class = MegrezOConfig
@@ -165,6 +166,7 @@ class MegrezO(PreTrainedModel, GenerationMixin):
         self.vision = Vision(config)
         self.audio = Audio(config)
         self.call_every_module: bool | None = None
+        self.liger_loss = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -209,7 +211,7 @@ class MegrezO(PreTrainedModel, GenerationMixin):
         if batch is None:
             return self.llm(**llm_inputs)
         hidden = self.hidden_states(batch).index_select(0, batch.target_positions)
-        losses = token_losses(hidden, self.llm.lm_head.weight, batch.targets)
+        losses = token_losses(hidden, self.llm.lm_head.weight, batch.targets, liger=self.liger_loss)
         return PackedOutput(loss_sum=(losses * batch.loss_weights).sum(), token_losses=losses.detach())
 
     @torch.no_grad()

@@ -57,6 +57,8 @@ def choose_trainable(model: nn.Module, rules: Rules, *, tuned: Iterable[str], ad
 class Group:
     """Parameters that share a learning rate and a weight decay."""
 
+    label: str
+    """its name in the metrics: the module, or "<module>.lora" """
     module: str
     lr: float
     weight_decay: float
@@ -75,7 +77,7 @@ def parameter_groups(
 
     Adapters are groups of their own, named "<module>.lora", at `adapter_rate`.
     """
-    collected: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    collected: dict[tuple[str, str, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -83,5 +85,5 @@ def parameter_groups(
         label, rate = (f"{module}.lora", adapter_rate) if is_adapter(name) else (module, rates[module])
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty vector in its place
         decay = weight_decay if len(shape) > 1 else 0.0
-        collected.setdefault((label, rate, decay), []).append(parameter)
-    return [Group(label, rate, decay, found) for (label, rate, decay), found in collected.items()]
+        collected.setdefault((label, module, rate, decay), []).append(parameter)
+    return [Group(*about, found) for about, found in collected.items()]

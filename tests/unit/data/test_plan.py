@@ -67,3 +67,10 @@ def test_assignment_gives_equal_counts_and_levels_the_work() -> None:
     assert assign([9.0, 8.0, 2.0, 1.0], 2) == [[0, 3], [1, 2]]
     assert sorted(len(packs) for packs in assign([1.0] * 5, 2)) == [2, 3]
     assert assign([1.0], 3) == [[0], [], []]
+
+
+def test_assignment_exchanges_packs_where_the_dearest_first_goes_wrong() -> None:
+    costs = [9.0, 8.0, 7.0, 6.0, 6.0, 2.0]
+    ranks = assign(costs, 2)
+    assert sorted(sum(costs[index] for index in rank) for rank in ranks) == [19, 19]
+    assert [len(rank) for rank in ranks] == [3, 3]

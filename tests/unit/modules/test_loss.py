@@ -81,3 +81,19 @@ def test_logits_are_never_held_all_at_once():
     with Watch():
         token_losses(hidden, weight, targets, chunk=5).sum().backward()
     assert rows_of_logits == {5}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_liger_gives_the_same_losses_and_gradients(dtype):
+    pytest.importorskip("liger_kernel")
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 64, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", dtype=dtype, requires_grad=True)
+    targets, weights = torch.randint(0, 1000, (300,), device="cuda"), torch.rand(300, device="cuda")
+    results = []
+    for liger in (False, True):
+        losses = token_losses(hidden, weight, targets, chunk=128, liger=liger)
+        results.append((losses.detach(), *torch.autograd.grad((losses * weights).sum(), (hidden, weight))))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() / ours.norm() < (1e-4 if dtype == torch.float32 else 2e-2)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.builders import make_batch, make_sample, mixed_samples, tiny_config, tiny_megrezo
 from train.modules.megrezo import MegrezO, MegrezOConfig
@@ -149,6 +150,28 @@ def test_frozen_modules_make_no_graph_and_get_no_gradient(model, tuned):
     }
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (module_of(name) == tuned), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_profile_shows_no_backward_work_in_a_frozen_vision_encoder(model, checkpointing):
+    """Floating-point work of forward and backward, as torch counts it module by module."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = make_batch(mixed_samples(model.config))
+    work = {}
+    for tuned in ("vision_encoder", "vision_proj"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(module_of(name) == tuned)
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            model(batch)
+        with FlopCounterMode(display=False) as both:
+            model(batch).loss_sum.backward()
+        for tower in ("vpm", "resampler"):
+            counts = [sum(c.get_flop_counts()[f"MegrezO.vision.{tower}"].values()) for c in (forward, both)]
+            work[tuned, tower] = counts[1] / counts[0]
+    assert work["vision_proj", "vpm"] == 1  # the forward, and no more
+    assert work["vision_encoder", "vpm"] > 2.5
+    assert work["vision_proj", "resampler"] > 1.5
 
 
 def test_generation_equals_the_argmax_of_uncached_packs(model):

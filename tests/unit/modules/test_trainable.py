@@ -52,7 +52,7 @@ def test_groups_by_module_and_decay() -> None:
     choose_trainable(model, rules, tuned=["one", "two"])
     assert not model["c"].weight.requires_grad
     groups = parameter_groups(model, rules, rates={"one": 0.1, "two": 0.2}, adapter_rate=0.0, weight_decay=0.3)
-    assert [(group.module, group.lr, group.weight_decay) for group in groups] == [
+    assert [(group.label, group.lr, group.weight_decay) for group in groups] == [
         ("one", 0.1, 0.3),
         ("one", 0.1, 0.0),
         ("two", 0.2, 0.3),

@@ -1,0 +1,84 @@
+"""Run by torchrun or alone: the losses of many settings of `mixes`, one after the other in one process group.
+
+    losses_of.py FOLDER SETTINGS.json
+
+FOLDER holds what `test_mixes.prepare` wrote. Each line of FOLDER/losses-<ranks>.jsonl is a setting's outcome. A setting
+that takes more than two minutes ends the process with every thread's stack.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
+
+from tests.end_to_end.mixes import Setting  # noqa: E402
+from train.commands.options import compose_options  # noqa: E402
+from train.engine.build import Run, build  # noqa: E402
+from train.engine.launch import close, world_size  # noqa: E402
+
+LIMIT_S = 120
+
+
+def main(folder: Path, settings: list[Setting]) -> None:
+    """Write the losses of each setting."""
+    words = (folder / "words.txt").read_text().split("\n")
+    out = folder / f"losses-{world_size()}.jsonl"
+    for number, setting in enumerate(settings):
+        faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+        run = build(*compose_options([*words, *setting.words(), f"run.dir={folder}/run-{world_size()}-{number}"]))
+        outcome = {"setting": setting.to_dict(), **losses(run, setting)}
+        if run.accelerator.is_main_process:
+            with out.open("a") as file:
+                file.write(json.dumps(outcome) + "\n")
+        forget(run)
+    faulthandler.cancel_dump_traceback_later()
+    close(run.accelerator, run.trainer.train_step.model)
+
+
+def losses(run: Run, setting: Setting) -> dict:
+    """Loss and gradient norm of two steps of each mix; then an evaluation, with answers of unequal length."""
+    step, evaluator = run.trainer.train_step, run.trainer.evaluator
+    records, types = evaluator.records, evaluator.measured.types
+    model = run.accelerator.unwrap_model(step.model)
+    model.generation_config.eos_token_id = list(range(0, model.config.vocab_size, 3))
+    step.model.train()
+    results = []
+    for mix in setting.mixes:
+        held = [[index for index, kind in enumerate(types) if kind == wanted] for wanted in mix]
+        packs = [records.batch(indices)[0] for indices in held]
+        mine = packs if world_size() == 1 else [packs[run.accelerator.process_index]]
+        results += [step(len(results) + turn, mine) for turn in range(2)]
+    evaluation, _ = evaluator.evaluate(step.model)
+    return {
+        "losses": [result.loss for result in results],
+        "grad_norms": [result.grad_norm for result in results],
+        "evaluation": evaluation,
+    }
+
+
+def forget(run: Run) -> None:
+    """Let go of a run, so that the next one can be built in the same processes."""
+    model = run.trainer.train_step.model
+    if hasattr(model, "destroy"):
+        model.destroy()
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+if __name__ == "__main__":
+    main(
+        Path(sys.argv[1]),
+        [
+            Setting(item["engine"], tuple(item["tuned"]), item["lora"], tuple(map(tuple, item["mixes"])))
+            for item in json.loads(Path(sys.argv[2]).read_text())
+        ],
+    )

@@ -1,0 +1,75 @@
+"""The product of engines, modalities on each rank, frozen modules and ways of tuning, and a part of it."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+
+from train.config import MODULES, Engine
+
+ENGINES = [str(engine) for engine in Engine if engine is not Engine.none]
+KINDS = ("text", "typed_picture", "speech", "spoken_picture", "nothing")
+"""What a rank's pack holds: text alone, pictures, recordings, both; or no sample at all."""
+
+MIXES = [mix for mix in product(KINDS, KINDS) if mix != ("nothing", "nothing")]
+FREEZES = [flags for flags in product((False, True), repeat=len(MODULES)) if any(flags)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A built run, and the steps that it makes: what rank 0 and rank 1 hold in each."""
+
+    engine: str
+    tuned: tuple[str, ...]
+    lora: bool
+    mixes: tuple[tuple[str, str], ...]
+
+    def words(self) -> list[str]:
+        """The Hydra words of the run; with LoRA every tuned module learns through adapters."""
+        lora = ["lora=lora", "lora.dropout=0", f"lora.modules=[{','.join(self.tuned)}]"] if self.lora else []
+        return [f"engine={self.engine}", *(f"modules.tune_{name}={name in self.tuned}" for name in MODULES), *lora]
+
+    def alone(self) -> "Setting":
+        """The same steps in one process."""
+        return Setting("none", self.tuned, self.lora, self.mixes)
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self)
+
+
+def full_product() -> Iterator[Setting]:
+    """Everything: each engine × mix × freeze × tuning, the mixes of a setting in one run."""
+    for freeze, lora in product(FREEZES, (False, True)):
+        for engine in ENGINES:
+            yield Setting(engine, _names(freeze), lora, tuple(MIXES))
+
+
+def all_pairs(seed: int) -> Iterator[Setting]:
+    """A sample in which any two values of different factors meet.
+
+    Each freeze meets each engine; half the mixes go with full tuning, the other half with LoRA, so that each
+    freeze meets each mix; which engine gets which half is drawn.
+    """
+    draw = random.Random(seed)
+    for freeze in FREEZES:
+        mixes = draw.sample(MIXES, len(MIXES))
+        half = len(mixes) // 2
+        engines = draw.sample(ENGINES, len(ENGINES))
+        for index, engine in enumerate(engines):
+            lora = index % 2 == 1
+            yield Setting(engine, _names(freeze), lora, tuple(mixes[half:] if lora else mixes[:half]))
+
+
+def pairs_of(settings: list[Setting]) -> set[tuple]:
+    """The pairs of values of different factors that the settings contain."""
+    found = set()
+    for setting in settings:
+        for mix in setting.mixes:
+            values = (("engine", setting.engine), ("tuned", setting.tuned), ("lora", setting.lora), ("mix", mix))
+            found |= {(a, b) for a in values for b in values if a[0] < b[0]}
+    return found
+
+
+def _names(flags: tuple[bool, ...]) -> tuple[str, ...]:
+    return tuple(name for name, flag in zip(MODULES, flags, strict=True) if flag)

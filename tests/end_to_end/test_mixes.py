@@ -1,0 +1,96 @@
+"""No hang and one loss, whatever each rank holds, whatever is frozen, however it is tuned, under every engine."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.mixes import ENGINES, FREEZES, KINDS, MIXES, Setting, all_pairs, full_product, pairs_of
+from tests.runs import ROOT, SAMPLE, launch
+
+pytestmark = pytest.mark.end_to_end
+
+SEED = 0
+SETTINGS_A_LAUNCH = 48
+"""Runs that are built in one process after another, before new processes take over."""
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+SMALL_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 64}
+SMALL_AUDIO = {"n_state": 32, "n_head": 1, "n_layer": 1, "output_dim": 64}
+
+
+def prepare(folder: Path) -> None:
+    """Two records of each kind, a model smaller than the tiny one, and the words that all runs share."""
+    wanted = dict.fromkeys(KINDS[:-1], 2)
+    chosen = []
+    for line in (SAMPLE / "heldout.jsonl").read_text(encoding="utf-8").splitlines():
+        kind = json.loads(line)["type"]
+        if wanted.get(kind, 0):
+            wanted[kind] -= 1
+            chosen.append(line)
+    assert not any(wanted.values())
+    records = folder / "records.jsonl"
+    records.write_text("\n".join(chosen), encoding="utf-8")
+    model = folder / "model"
+    shutil.copytree(ROOT / "data" / "tiny", model)
+    config = json.loads((model / "config.json").read_text())
+    config |= SMALL
+    config["vision_config"] |= SMALL_VISION
+    config["audio_config"] |= SMALL_AUDIO
+    (model / "config.json").write_text(json.dumps(config))
+    source = f"[{{path: {records}, root: {SAMPLE}}}]"
+    words = [
+        f"model.random_from={model}",
+        *(f"data.train={source}", f"data.eval={source}", "data.workers=0"),
+        *("optim.eps=1e-6", "optim.warmup_ratio=0", "optim.schedule=constant", "run.precision=fp32"),
+        *("eval.batch_size=1", "eval.max_new_tokens=4", "eval.before_training=false", "tracker=none", "run.threads=1"),
+    ]
+    (folder / "words.txt").write_text("\n".join(words))
+
+
+def outcomes(folder: Path, settings: list[Setting], processes: int) -> list[dict]:
+    """What the settings gave, many to a launch."""
+    for start in range(0, len(settings), SETTINGS_A_LAUNCH):
+        part = folder / f"settings-{processes}-{start}.json"
+        part.write_text(json.dumps([setting.to_dict() for setting in settings[start : start + SETTINGS_A_LAUNCH]]))
+        script = "tests/end_to_end/losses_of.py"
+        done = launch([str(folder), str(part)], processes=processes, script=script, timeout_s=1800)
+        assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads(line) for line in (folder / f"losses-{processes}.jsonl").read_text().splitlines()]
+
+
+def compare(folder: Path, settings: list[Setting]) -> int:
+    """Insist that two ranks give the losses of one, setting by setting; returns how many cases were compared."""
+    prepare(folder)
+    alone = list(dict.fromkeys(setting.alone() for setting in settings))
+    references = dict(zip(alone, outcomes(folder, alone, 1), strict=True))
+    cases = 0
+    for setting, mine in zip(settings, outcomes(folder, settings, 2), strict=True):
+        reference = references[setting.alone()]
+        assert mine["losses"] == pytest.approx(reference["losses"], abs=1e-4), setting
+        assert mine["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3, abs=1e-6), setting
+        assert mine["evaluation"] == pytest.approx(reference["evaluation"], abs=1e-4), setting
+        cases += len(setting.mixes)
+    return cases
+
+
+def test_the_sample_covers_all_pairs() -> None:
+    everything = pairs_of(list(full_product()))
+    assert len(everything) == 6 * 31 + 6 * 2 + 6 * 24 + 31 * 2 + 31 * 24 + 2 * 24
+    assert pairs_of(list(all_pairs(SEED))) == everything
+
+
+def test_two_ranks_equal_one_over_a_sample_of_all_pairs(tmp_path: Path) -> None:
+    assert compare(tmp_path, list(all_pairs(SEED))) == len(ENGINES) * len(FREEZES) * len(MIXES) // 2
+
+
+@pytest.mark.exhaustive
+def test_two_ranks_equal_one_over_the_full_product(tmp_path: Path) -> None:
+    assert compare(tmp_path, list(full_product())) == 2 * len(ENGINES) * len(FREEZES) * len(MIXES)
