@@ -33,9 +33,9 @@ NUM_MACHINES="${NUM_MACHINES:-1}"
 if [ "$NUM_PROCESSES" = 1 ] && [ "$NUM_MACHINES" = 1 ]; then
   exec python train/main.py "$@"
 elif [ "$NUM_MACHINES" = 1 ]; then
-  exec torchrun --standalone --nproc-per-node "$NUM_PROCESSES" train/main.py "$@"
+  exec python -m train.launcher --standalone --nproc-per-node "$NUM_PROCESSES" train/main.py "$@"
 else
-  exec torchrun --nnodes "$NUM_MACHINES" --node-rank "${MACHINE_RANK:?set MACHINE_RANK, from 0 on}" \
+  exec python -m train.launcher --nnodes "$NUM_MACHINES" --node-rank "${MACHINE_RANK:?set MACHINE_RANK, from 0 on}" \
     --nproc-per-node "$NUM_PROCESSES" --master-addr "${MAIN_ADDRESS:?set MAIN_ADDRESS, the address of machine 0}" \
     --master-port "${MAIN_PORT:-29500}" train/main.py "$@"
 fi

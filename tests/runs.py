@@ -28,16 +28,21 @@ def write_records(folder: Path, *, train: int = 24, held_out: int = 6) -> list[s
     return words
 
 
-def launch(
-    words: list[str], *, processes: int = 1, timeout_s: float = 300, script: str = "train/main.py"
-) -> subprocess.CompletedProcess[str]:
-    """Run training (or another script) in processes of its own (gloo on the CPU), as launch.sh does."""
+def clean_environment() -> dict[str, str]:
+    """This process's variables without what a launcher or W&B would read, for runs on one CPU thread a rank."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") and "WANDB" not in name
     }
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch(
+    words: list[str], *, processes: int = 1, timeout_s: float = 300, script: str = "train/main.py"
+) -> subprocess.CompletedProcess[str]:
+    """Run training (or another script) in processes of its own (gloo on the CPU), as launch.sh does."""
+    environment = clean_environment()
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

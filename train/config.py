@@ -40,6 +40,16 @@ class Engine(StrEnum):
     zero2_offload = "zero2_offload"
     zero3_offload = "zero3_offload"
 
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage; 0 where DeepSpeed is not used."""
+        return int(self[4]) if self.startswith("zero") else 0
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer lives in host memory."""
+        return self.endswith("_offload")
+
 
 class Tracker(StrEnum):
     none = "none"
@@ -143,7 +153,7 @@ class EngineOptions:
     name: Engine = Engine.ddp
     """How ranks share the work; set by the `engine` group."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Entries merged last into the DeepSpeed configuration."""
+    """Entries merged last into the DeepSpeed configuration, which refuses what it does not know."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 accelerate launch train/main.py +recipe=full
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,25 +11,31 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import hydra  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from train.commands.options import register, typed  # noqa: E402
 from train.errors import OmniTuneError  # noqa: E402
+from train.launcher.failure import told_to_the_launcher  # noqa: E402
 
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors, and does not print them on every rank
 register()
 
 
+def users_fault(error: Exception) -> str | None:
+    """What to say of an error that the user can put right; None for any other."""
+    if isinstance(error, OmniTuneError):
+        return str(error)
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return "\n".join(str(part) for part in (error, error.__cause__) if part)
+    return None
+
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
+@told_to_the_launcher(users_fault)
 def main(config: DictConfig) -> None:
     """Train as the options say, and export the result."""
-    try:
-        train(config)
-    except OmniTuneError as error:
-        sys.exit(f"error: {error}")
-
-
-def train(config: DictConfig) -> None:
-    """Everything after the options are composed."""
     options, resolved = typed(config)
 
     from train.engine.build import build
@@ -43,4 +50,5 @@ def train(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_to_the_launcher(users_fault):  # Hydra's own faults too
+        main()

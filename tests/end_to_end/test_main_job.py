@@ -171,12 +171,3 @@ def test_a_recipe_goes_on_from_anothers_export(tmp_path: Path) -> None:
     succeed(["+recipe=full", *words, f"run.dir={tmp_path / 'full'}", f"model.path={tmp_path / 'align' / 'export'}"])
     assert metrics(tmp_path / "full")[0]["eval/loss"] == metrics(tmp_path / "align")[-1]["eval/loss"]
     assert not (tmp_path / "full" / "initial_model").exists()
-
-
-def test_accelerate_launches_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--use_deepspeed", "train/main.py", "+recipe=full", "debug=quick", "engine=zero2"]
-    command += [*write_records(tmp_path), f"run.dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2

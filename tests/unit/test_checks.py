@@ -80,6 +80,67 @@ def test_deepspeed_entries_need_deepspeed(options: Options) -> None:
     check(options)
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: run.packs_per_step decides it"),
+        ({"bf16": {"enabled": True}}, "bf16: run.precision decides it"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: engine=zero1, zero2 or zero3 decides it"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op: the loss is normalised for the mean"),
+    ],
+)
+def test_deepspeed_entries_that_our_options_decide(options: Options, entry: dict, said: str) -> None:
+    options.engine.name = Engine.zero2
+    options.engine.deepspeed = entry
+    [fault] = faults(options)
+    assert fault.startswith(f"engine.deepspeed.{said}")
+
+
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+"""What `accelerate launch` says when it was told nothing."""
+
+
+@pytest.mark.parametrize(
+    ("engine", "told", "said"),
+    [
+        ("ddp", {"ACCELERATE_USE_DEEPSPEED": "true"}, "--use_deepspeed: engine=ddp does not use DeepSpeed"),
+        ("zero2", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "--zero_stage 3: engine=zero2 is stage 2"),
+        ("zero3", {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload to cpu: engine=zero3 does not"),
+        ("zero2", {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "--deepspeed_config_file: it is not read"),
+        ("ddp", {"ACCELERATE_USE_FSDP": "true"}, "--use_fsdp: there is no FSDP engine; use engine=zero3"),
+        ("ddp", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "--mixed_precision fp16: run.precision is bf16"),
+        ("zero2", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--gradient_accumulation_steps 4: run.packs_per"),
+        ("zero2", {"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "--gradient_clipping 0.5: optim.max_grad_norm is 1.0"),
+        ("ddp", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend inductor: compiling is not supported"),
+        ("ddp", {"MASTER_PORT": "29500"}, "several processes were asked for, and one was started; add --multi_gpu"),
+    ],
+)
+def test_what_accelerate_was_told_and_the_options_do_not_say(
+    options: Options, engine: str, told: dict[str, str], said: str
+) -> None:
+    options.engine.name = Engine(engine)
+    check(options, 1, ACCELERATE)
+    with pytest.raises(ConfigError) as caught:
+        check(options, 1, ACCELERATE | told)
+    [fault] = caught.value.problems
+    assert fault.startswith(f"accelerate launch: {said}")
+
+
+def test_what_accelerate_was_told_alike(options: Options) -> None:
+    options.engine.name = Engine.zero3_offload
+    told = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+        "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+        "MASTER_PORT": "29500",
+        "WORLD_SIZE": "2",
+    }
+    check(options, 2, ACCELERATE | told)
+
+
 def test_ligers_kernel_needs_cuda(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     options.run.liger_loss = True
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

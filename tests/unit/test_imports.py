@@ -14,6 +14,7 @@ OURS = {
     "train.errors": set(),
     "train.geometry": set(),
     "train.config": {"train.errors"},
+    "train.launcher": {"train.launcher"},
     "train.checks": {"train.schema", "train.errors", "train.geometry", "train.config"},
     "train.data": BASE | {"train.data"},
     "train.modules": BASE | {"train.modules"},

@@ -1,6 +1,7 @@
 """Options into objects: the one place that knows both."""
 
 import logging
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from train.data.lengths import LengthCache, digest
 from train.data.loader import StepLoader, StepPlan
 from train.data.plan import Limits
 from train.data.record_set import Measured, RecordSet, SourceSpec
+from train.engine.agreement import check_folder, check_records
 from train.engine.checkpoint import Checkpoints, trained_state
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
@@ -70,7 +72,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     resolved: the options as plain values, for config.yaml and the tracker.
     Raises ConfigError with all faults of the options before anything is loaded.
     """
-    check(options, world_size())
+    check(options, world_size(), os.environ)
     family = find(model_folder(options)[1])
     _check_family(options, family)
     accelerator = make_accelerator(options)
@@ -193,7 +195,7 @@ def _make_folder(options: Options, accelerator: Accelerator) -> Path:
     folder = Path(name[0])
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
+    check_folder(folder, accelerator)
     return folder
 
 
@@ -227,12 +229,16 @@ def _read_data(
         max_fraction=options.data.max_bad_fraction,
     )
     cache = _length_cache(options, base)
-    with accelerator.main_process_first():  # the other ranks then find the lengths in the cache
+    # The others then find the lengths in the cache: of the run, or of their own machine.
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
         measured, bad = train_set.measure(cache)
         eval_measured = None
         if eval_set:
             eval_measured, bad_eval = eval_set.measure(cache)
             bad += bad_eval
+    check_records(measured, "data.train", accelerator)
+    if eval_measured:
+        check_records(eval_measured, "data.eval", accelerator)
     quarantine.add(bad)
     if bad and accelerator.is_main_process:
         log.warning("%d records cannot be used; quarantine.jsonl says why", len(bad))

@@ -1,9 +1,11 @@
 """Where a run happens: the Accelerator, the DeepSpeed configuration, threads and seeds."""
 
+import copy
 import logging
 import os
 import socket
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,26 +17,20 @@ from accelerate.utils import (
     set_seed,
 )
 
-from train.config import Engine, Options, Precision
+from train.config import Options, Precision
+from train.errors import ConfigError
 from train.families.family import quieten_transformers
 
-_STAGES = {
-    Engine.zero1: 1,
-    Engine.zero2: 2,
-    Engine.zero3: 3,
-    Engine.zero2_offload: 2,
-    Engine.zero3_offload: 3,
-}
+log = logging.getLogger(__name__)
+
+_PATIENCE = timedelta(hours=3)
+"""How long a rank waits for the others: they may be measuring a million records, or writing a large model to a slow
+disk. A rank that is gone is noticed at once, by its closed connections and by the launcher."""
 
 
 def zero_stage(options: Options) -> int:
     """ZeRO stage of the engine; 0 where DeepSpeed is not used."""
-    return _STAGES.get(options.engine.name, 0)
-
-
-def _offloads(options: Options) -> bool:
-    """Whether the optimizer lives in host memory."""
-    return options.engine.name in (Engine.zero2_offload, Engine.zero3_offload)
+    return options.engine.name.zero_stage
 
 
 def world_size() -> int:
@@ -51,12 +47,13 @@ def deepspeed_config(options: Options) -> dict[str, Any]:
     """DeepSpeed's configuration: the one place where our options become its own.
 
     The loss is normalised by us over the whole step, so both counts of accumulation stay at 1.
+    Raises ConfigError where `engine.deepspeed` holds what DeepSpeed does not know.
     """
     stage = zero_stage(options)
     zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    if _offloads(options):
+    if options.engine.name.offloads:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         if stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -69,7 +66,45 @@ def deepspeed_config(options: Options) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
-    return _merge(config, options.engine.deepspeed)
+    merged = _merge(config, options.engine.deepspeed)
+    if options.engine.deepspeed:
+        _check_by_deepspeed(merged)
+    return merged
+
+
+class _Asked(dict):
+    """A dict that remembers the keys it was asked for."""
+
+    def __init__(self, values: dict[str, Any]):
+        super().__init__(values)
+        self.keys_asked_for: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_asked_for.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_asked_for.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_asked_for.add(str(key))
+        return super().__contains__(key)
+
+
+def _check_by_deepspeed(config: dict[str, Any]) -> None:
+    """Let DeepSpeed read the configuration; it refuses what is wrong in its sections, but not unknown sections."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    asked = _Asked(copy.deepcopy(config))
+    try:
+        DeepSpeedConfig(asked)
+    except Exception as error:  # of many kinds, pydantic's among them
+        raise ConfigError([f"engine.deepspeed: DeepSpeed does not accept it: {error}"]) from None
+    unknown = sorted(config.keys() - asked.keys_asked_for)
+    if unknown:
+        known = ", ".join(sorted(asked.keys_asked_for))
+        raise ConfigError([f"engine.deepspeed.{key}: DeepSpeed has no such entry; it knows {known}" for key in unknown])
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -84,16 +119,20 @@ def make_accelerator(options: Options) -> Accelerator:
     """The Accelerator of the chosen engine, with threads and seeds set (equal on every rank)."""
     on_cuda = torch.cuda.is_available()
     _quieten(on_cuda)
+    if torch.cuda.device_count() > 1 and world_size() == 1:
+        log.warning(
+            "one process was started, so one of %d GPUs is used; ./launch.sh starts one for each, "
+            "and so does torchrun --nproc-per-node %d train/main.py",
+            *[torch.cuda.device_count()] * 2,
+        )
     torch.set_num_threads(options.run.threads or max(1, (os.cpu_count() or 1) // local_world_size()))
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    if not on_cuda and (world_size() > 1 or zero_stage(options)):
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    if world_size() > 1 or zero_stage(options):
+        handlers.append(InitProcessGroupKwargs(backend=None if on_cuda else "gloo", timeout=_PATIENCE))
     plugin = None
     if zero_stage(options):
         _single_process_rendezvous()
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(options))
-    else:
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     accelerator = Accelerator(
         mixed_precision="bf16" if options.run.precision is Precision.bf16 else "no",
         cpu=not on_cuda and plugin is None,
