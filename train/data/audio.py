@@ -108,7 +108,7 @@ def _frames(max_samples: int | None, rate: int) -> int:
 
 
 def _reading(source: MediaSource) -> AbstractContextManager[Any]:
-    return reading("audio", source, "replace it by a valid WAV or FLAC")
+    return reading("audio", source, "replace it by a valid WAV or FLAC", buffering=0)
 
 
 def _opened_by_sndfile(file: Any) -> soundfile.SoundFile:
@@ -126,7 +126,8 @@ def _opened_by_sndfile(file: Any) -> soundfile.SoundFile:
 def _decode_by_sndfile(sound: soundfile.SoundFile, frames: int) -> np.ndarray:
     """Mono samples, float32; in blocks, since a file may claim a thousand channels."""
     blocks = sound.blocks(max(_BLOCK // sound.channels, 1), frames=frames, dtype="float32", always_2d=True)
-    pieces = [block.mean(axis=1) for block in blocks]
+    with np.errstate(over="ignore", invalid="ignore"):  # samples that are no numbers are found afterwards
+        pieces = [block.mean(axis=1) for block in blocks]
     return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 

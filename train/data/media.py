@@ -3,8 +3,8 @@
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from io import BytesIO, FileIO
+from contextlib import contextmanager
+from io import BytesIO
 from typing import Any, BinaryIO, Literal, cast
 
 from train.errors import BadRecord
@@ -22,13 +22,14 @@ _HEADER_BYTES = 2**24
 
 
 @contextmanager
-def reading(kind: MediumKind, source: MediaSource, advice: str) -> Iterator[Any]:
-    """The open file, unbuffered; whatever goes wrong inside becomes a BadRecord that names it.
+def reading(kind: MediumKind, source: MediaSource, advice: str, buffering: int = -1) -> Iterator[Any]:
+    """The open file; whatever goes wrong inside becomes a BadRecord that names it.
 
     advice: what to do about a file that its decoder cannot read.
+    buffering: as in `open`; 0 for a decoder that reads a file by its descriptor.
     """
     try:
-        with _opened(source, MAX_BYTES[kind]) as file:
+        with _opened(source, MAX_BYTES[kind], buffering) as file:
             yield file
     except BadRecord as fault:
         raise BadRecord(f"{name_of(kind, source)}: {fault}") from None
@@ -71,19 +72,21 @@ class HeaderReads:
         return getattr(self._file, name)
 
 
-def _opened(source: MediaSource, most: int) -> BinaryIO:
+def _opened(source: MediaSource, most: int, buffering: int) -> BinaryIO:
     if isinstance(source, bytes):
         _check_size(len(source), most)
         return BytesIO(source)
     # Without O_NONBLOCK a pipe would keep us waiting for its writer.
-    with ExitStack() as closing:
-        file = closing.enter_context(FileIO(os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)))
-        status = os.fstat(file.fileno())
+    descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise BadRecord("it is not a regular file; give the path of the encoded medium")
         _check_size(status.st_size, most)
-        closing.pop_all()
-        return cast(BinaryIO, file)
+    except BadRecord:
+        os.close(descriptor)
+        raise
+    return cast(BinaryIO, os.fdopen(descriptor, "rb", buffering))
 
 
 def _check_size(size: int, most: int) -> None:

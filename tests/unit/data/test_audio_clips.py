@@ -98,7 +98,7 @@ def test_decoding_is_bounded():
 
 @pytest.mark.parametrize("data", [b"", b"not a recording", wav(1.0)[:20]])
 def test_broken_files(data):
-    with pytest.raises(BadRecord, match="embedded audio: it (begins with .* and is no recording|is empty)"):
+    with pytest.raises(BadRecord, match=r"embedded audio: it (begins with .* and is no recording|is empty)"):
         clip_length(data)
 
 
