@@ -78,7 +78,8 @@ class _Json(Source):
             limit = MAX_LINE_BYTES // 2**20
             raise self._bad(index, f"the record has {end - begin} bytes, more than {limit} MiB; keep media in files")
         try:
-            value = _DECODER.decode(self._read(begin, end).decode("utf-8"))
+            text = self._read(begin, end).decode("utf-8")
+            value = _DECODER.decode(text.removeprefix("\ufeff"))  # files that were joined have marks inside
         except OSError as error:
             raise self._bad(index, f"it cannot be read ({error.strerror}); check the disk") from None
         except UnicodeDecodeError as error:

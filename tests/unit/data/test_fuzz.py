@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.unit.data.builders import tone
+from tests.unit.data.test_audio_clips import m4a
 from train.data.plan import Limits, plan_epoch
 from train.data.record_set import BadNote, RecordSet, SourceSpec
 from train.families import find
@@ -28,7 +29,10 @@ from train.families import find
 TINY = Path(__file__).resolve().parents[3] / "data" / "tiny"
 LIMITS = Limits(tokens=512, patches=100_000, frames=100_000)
 
-pytestmark = pytest.mark.timeout(1800, method="thread")  # a hang in a decoder ends the process with a traceback
+pytestmark = [
+    pytest.mark.timeout(1800, method="thread"),  # a hang in a decoder ends the process with a traceback
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+]
 
 
 @cache
@@ -212,11 +216,11 @@ def media() -> dict[str, bytes]:
         form = {"OPUS": "OGG"}.get(name, name)
         soundfile.write(file, tone(0.1, channels=2), 16_000, format=form, subtype=subtype)
         encoded[name] = file.getvalue()
-    return encoded
+    return encoded | {"M4A": m4a(tone(0.2), 16_000)}
 
 
 PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
-SOUNDS = ("WAV", "FLAC", "OGG", "OPUS", "MP3", "AIFF", "CAF")
+SOUNDS = ("WAV", "FLAC", "OGG", "OPUS", "MP3", "AIFF", "CAF", "M4A")
 EDGES = [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1]
 
 

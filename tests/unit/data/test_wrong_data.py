@@ -168,7 +168,6 @@ def test_a_thousand_channels_are_decoded_in_blocks() -> None:
         (b'{"n": ' + b"9" * 5000 + b"}", "invalid JSON"),
         (b'{"n": ' + b"[" * 100_000, "invalid JSON"),
         (b"\0" * 50, "invalid JSON"),
-        (b"\xef\xbb\xbf\xef\xbb\xbf{}", "invalid JSON .*BOM"),
         (b'{"messages": [', "invalid JSON"),
         ({"messages": [{"role": "user", "content": "a"}] * 5000}, "a list has 5000 items, more than the 4096 allowed"),
         (asks(image=["a.png"] * 5000), "a list has 5000 items"),
@@ -211,7 +210,7 @@ def test_special_tokens_and_placeholders_in_a_text_stay_text(tmp_path: Path, pro
 
 def test_line_ends_blank_lines_and_no_last_end(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf\r\n{"n": 1}\r\n\t\n{"n": 2}\n\n\0\n{"n": 3}')
+    path.write_bytes(b'\xef\xbb\xbf\r\n{"n": 1}\r\n\t\n{"n": 2}\n\n\0\n\xef\xbb\xbf{"n": 3}')
     source = open_source(path)
     assert [source.line(i) for i in range(len(source))] == [2, 4, 6, 7]
     assert [source.index_of(line) for line in (1, 2, 4, 6, 7, 8)] == [None, 0, 1, 2, 3, None]
