@@ -32,12 +32,12 @@ def reading(kind: MediumKind, source: MediaSource, advice: str, buffering: int =
         with _opened(source, MAX_BYTES[kind], buffering) as file:
             yield file
     except BadRecord as fault:
-        raise BadRecord(f"{name_of(kind, source)}: {fault}") from None
+        raise BadRecord(f"{_name_of(kind, source)}: {fault}") from None
     except Exception as error:  # decoders fail in many ways on broken files
-        raise BadRecord(f"{name_of(kind, source)} cannot be read ({error}); {advice}") from None
+        raise BadRecord(f"{_name_of(kind, source)} cannot be read ({error}); {advice}") from None
 
 
-def name_of(kind: MediumKind, source: MediaSource) -> str:
+def _name_of(kind: MediumKind, source: MediaSource) -> str:
     """What a message calls a medium."""
     return f"{kind} {source!r}" if isinstance(source, str) else f"embedded {kind}"
 
