@@ -4,6 +4,7 @@ python benchmarks/data.py
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -13,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import finish, measured, print_table, use_one_core
+from measure import finish, measured, memory_status, print_table, use_one_core
 from workload import draw
 
 from train.config import MODULES, DataOptions
 from train.data.lengths import LengthCache
 from train.data.plan import Limits, assign, plan_epoch
-from train.data.record_set import RecordSet, SourceSpec
+from train.data.record_set import Measured, RecordSet, SourceSpec
 from train.families import find
 from train.modules.flops import megrezo_flops
 from train.modules.megrezo import MegrezO, MegrezOConfig
@@ -59,6 +60,46 @@ def decode_figures(records: RecordSet, count: int) -> dict[str, float]:
     seconds = [taken for of_type in by_type.values() for taken in of_type]
     figures = {"decode_records_per_s": len(seconds) / sum(seconds)}
     return figures | {f"decode_{name}_records_per_s": len(of) / sum(of) for name, of in sorted(by_type.items())}
+
+
+def memory_figures(model: Path, count: int) -> dict[str, float]:
+    """What is resident while so many records of text, 300 bytes each, are measured and then planned."""
+    options = DataOptions()
+    limits = Limits(options.max_tokens, options.max_patches, options.max_frames)
+    processor = find(model).load_processor(model)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "records.jsonl")
+        with file.open("w", encoding="utf-8") as out:
+            out.writelines(_text_record(number) for number in range(count))
+        source, cache = SourceSpec("train", str(file), folder), LengthCache(Path(folder), "benchmark")
+
+        def measure() -> tuple[RecordSet, Measured]:
+            records = RecordSet([source], processor, max_tokens=limits.tokens, too_long="quarantine")
+            held, bad = records.measure(cache)
+            assert not bad, bad[:3]
+            return records, held
+
+        before = memory_status("VmRSS")
+        (_, held), measuring = measured(measure)
+        between = memory_status("VmRSS")
+        _, planning = measured(lambda: plan_epoch(held.lengths, held.by_source(), [1.0], limits, seed=0, epoch=0))
+    sizes = {
+        "before": before,
+        "measuring": before + measuring.peak_bytes,
+        "measured": between,
+        "planning": between + planning.peak_bytes,
+    }
+    figures = {f"resident_{when}_mib": size / 2**20 for when, size in sizes.items()}
+    return {"texts": count, "texts_records_per_s": count / measuring.seconds} | figures
+
+
+def _text_record(number: int) -> str:
+    """A line of about 300 bytes."""
+    turns = [
+        {"role": "user", "content": f"What is {number} plus one? Answer in words. " + "Take your time. " * 8},
+        {"role": "assistant", "content": f"The number after {number}."},
+    ]
+    return json.dumps({"type": f"text {number % 10}", "conversations": turns}) + "\n"
 
 
 def plan_figures(lengths: np.ndarray) -> tuple[dict[str, float], list[list[int]]]:
@@ -111,6 +152,7 @@ def figures_of(chosen: argparse.Namespace) -> dict[str, Any]:
     source = SourceSpec("train", str(chosen.records), str(chosen.records.parent))
     records = RecordSet([source], processor, max_tokens=DataOptions().max_tokens, too_long="quarantine")
     figures: dict[str, Any] = {"records": len(records), "planned_records": chosen.planned}
+    figures |= memory_figures(chosen.model, chosen.texts)
     figures |= header_figures(records) | decode_figures(records, chosen.decoded)
     lengths = draw(chosen.planned).lengths()
     planned, packs = plan_figures(lengths)
@@ -124,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "data/tiny", help="folder whose processor reads them")
     parser.add_argument("--decoded", type=int, default=600, help="records to decode")
     parser.add_argument("--planned", type=int, default=1_000_000, help="records of the workload to plan")
+    parser.add_argument("--texts", type=int, default=20_000, help="records of text whose measuring takes memory")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     chosen = parser.parse_args(arguments)
     use_one_core()

@@ -34,7 +34,7 @@ def measured(run: Callable[[], T], device: str = "cpu") -> tuple[T, Cost]:
         before = _reset_resident_peak()
         start = time.process_time()
         result = run()
-        return result, Cost(time.process_time() - start, _status("VmHWM") - before)
+        return result, Cost(time.process_time() - start, memory_status("VmHWM") - before)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -47,11 +47,11 @@ def measured(run: Callable[[], T], device: str = "cpu") -> tuple[T, Cost]:
 def _reset_resident_peak() -> int:
     """Bring the high-water mark down to what is resident now, and return that in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return memory_status("VmRSS")
 
 
-def _status(name: str) -> int:
-    """A size of this process in bytes."""
+def memory_status(name: str) -> int:
+    """A size of this process in bytes: VmRSS, what is resident now, or VmHWM, its high-water mark."""
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found
     return 1024 * int(found[1])

@@ -4,9 +4,10 @@ Soundfile decodes and soxr resamples everywhere, so that features do not differ 
 what soundfile cannot, such as M4A.
 """
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BytesIO
+from contextlib import AbstractContextManager, contextmanager
+from io import FileIO
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,23 @@ import torch
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
+from train.data.media import head_of, reading
 from train.errors import BadRecord
 from train.geometry import HOP, SAMPLE_RATE, clip_samples, mel_frames
 from train.schema import MediaSource
 
-# Named one by one, because some of FFmpeg's other formats are lists of further files and addresses.
+MAX_RATE = 384_000
+"""Highest sampling rate that is decoded, in Hz."""
+
+MAX_PEAK = 2.0**31
+"""Loudest sample that is taken, full scale being 1: float files in the scale of integers pass, garbage does not."""
+
+_BLOCK = 2**20
+"""Values that are decoded at a time, all channels together."""
+
+# Named one by one, because libsndfile guesses at headerless formats, and some of FFmpeg's other formats are
+# lists of further files and addresses.
+_SNDFILE_HEADS = re.compile(rb"RIFF|RIFX|RF64|FORM|caff|\.snd|NIST|fLaC|OggS|ID3|\xff[\xe0-\xff]")
 _AV_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,aac,matroska,webm,asf,amr,mp3,wav,ogg,flac"
 
 
@@ -28,14 +41,14 @@ def clip_length(source: MediaSource) -> int:
     """Samples at 16 kHz of a recording, from its header; BadRecord if it cannot be read."""
     with _reading(source) as file:
         try:
-            info = soundfile.info(file)
-            return clip_samples(info.frames / info.samplerate)
+            with _opened_by_sndfile(file) as sound:
+                return clip_samples(sound.frames / sound.samplerate)
         except soundfile.LibsndfileError:
             with _opened_by_av(file) as (container, stream):
                 if stream.duration is not None:
                     return clip_samples(float(stream.duration * stream.time_base))
                 if container.duration is None:
-                    raise BadRecord("its header gives no duration") from None
+                    raise BadRecord("its header gives no duration; convert it to WAV or FLAC") from None
                 return clip_samples(container.duration / 1e6)
 
 
@@ -50,14 +63,16 @@ def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray
     """
     with _reading(source) as file:
         try:
-            with soundfile.SoundFile(file) as sound:
+            with _opened_by_sndfile(file) as sound:
                 rate = sound.samplerate
-                decoded = sound.read(_frames(max_samples, rate), dtype="float32", always_2d=True).mean(axis=1)
+                decoded = _decode_by_sndfile(sound, _frames(max_samples, rate))
         except soundfile.LibsndfileError:
             decoded, rate = _decode_by_av(file, max_samples)
-        if not np.isfinite(decoded).all():
-            raise BadRecord("it holds samples that are not numbers")
-        return decoded if rate == SAMPLE_RATE else soxr.resample(decoded, rate, SAMPLE_RATE)
+        clip = decoded if rate == SAMPLE_RATE else soxr.resample(decoded, rate, SAMPLE_RATE)
+        peak = np.abs(clip).max(initial=0)
+        if not peak <= MAX_PEAK:  # neither is NaN
+            raise BadRecord(f"it holds samples that are not numbers or no sound (up to {peak:g}); replace it")
+        return clip
 
 
 def fit_clip(clip: np.ndarray, samples: int, tolerance: float) -> np.ndarray:
@@ -92,17 +107,28 @@ def _frames(max_samples: int | None, rate: int) -> int:
     return -1 if max_samples is None else int((max_samples / SAMPLE_RATE + 0.5) * rate)
 
 
-@contextmanager
-def _reading(source: MediaSource) -> Iterator[Any]:
-    """The open file; whatever goes wrong with it becomes a BadRecord that names it."""
-    name = f"audio '{source}'" if isinstance(source, str) else "embedded audio"
-    try:
-        with open(source, "rb") if isinstance(source, str) else BytesIO(source) as file:  # noqa: PTH123
-            yield file
-    except BadRecord as fault:
-        raise BadRecord(f"{name}: {fault}; convert it to WAV or FLAC") from None
-    except Exception as error:  # decoders fail in many ways on broken files
-        raise BadRecord(f"{name} cannot be read ({error}); replace it by a valid WAV or FLAC") from None
+def _reading(source: MediaSource) -> AbstractContextManager[Any]:
+    return reading("audio", source, "replace it by a valid WAV or FLAC", buffering=0)
+
+
+def _opened_by_sndfile(file: Any) -> soundfile.SoundFile:
+    """The open sound; LibsndfileError if it is in none of the formats that libsndfile is asked to read."""
+    if not _SNDFILE_HEADS.match(head_of(file)):
+        raise soundfile.LibsndfileError(1)
+    # By its descriptor, libsndfile reads a file itself, without a detour through Python.
+    sound = soundfile.SoundFile(file.fileno() if isinstance(file, FileIO) else file, "r", closefd=False)
+    if sound.samplerate > MAX_RATE:
+        sound.close()
+        raise BadRecord(f"it has {sound.samplerate} samples a second, more than {MAX_RATE}; resample it")
+    return sound
+
+
+def _decode_by_sndfile(sound: soundfile.SoundFile, frames: int) -> np.ndarray:
+    """Mono samples, float32; in blocks, since a file may claim a thousand channels."""
+    blocks = sound.blocks(max(_BLOCK // sound.channels, 1), frames=frames, dtype="float32", always_2d=True)
+    with np.errstate(over="ignore", invalid="ignore"):  # samples that are no numbers are found afterwards
+        pieces = [block.mean(axis=1) for block in blocks]
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 
 @contextmanager
@@ -114,11 +140,20 @@ def _opened_by_av(file: Any) -> Iterator[tuple[Any, Any]]:
         raise BadRecord(
             "soundfile does not know its format, and PyAV, which may, is not installed (`pip install av`)"
         ) from None
-    file.seek(0)
-    with av.open(file, options={"format_whitelist": _AV_FORMATS}) as container:
-        if not container.streams.audio:
-            raise BadRecord("it has no sound")
-        yield container, container.streams.audio[0]
+    head = head_of(file)
+    try:
+        with av.open(file, options={"format_whitelist": _AV_FORMATS}) as container:
+            if not container.streams.audio:
+                raise BadRecord("it has no sound; replace it")
+            stream = container.streams.audio[0]
+            if stream.rate > MAX_RATE:
+                raise BadRecord(f"it has {stream.rate} samples a second, more than {MAX_RATE}; resample it")
+            yield container, stream
+    except av.FFmpegError as error:
+        raise BadRecord(
+            f"it begins with {head!r} and is no recording that can be read ({error.strerror}); "
+            "replace it by a valid WAV or FLAC"
+        ) from None
 
 
 def _decode_by_av(file: Any, max_samples: int | None) -> tuple[np.ndarray, int]:

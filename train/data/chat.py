@@ -16,6 +16,9 @@ from tokenizers import Tokenizer
 from train.errors import CheckpointError
 from train.schema import MediaSource, Part, Turn
 
+_SHORT = 256
+"""Longest text whose ids are remembered, in characters."""
+
 DEFAULT_SYSTEM_PROMPT = "你是Megrez-3B-Instruct，将针对用户的问题给出详细的、积极的回答。"
 
 
@@ -212,15 +215,18 @@ class TextEncoder:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        # The same few texts (roles, system prompt, picture numbers, line ends) recur in every record.
-        self.text = lru_cache(maxsize=512)(self._encode)
+        # The same few texts (roles, picture numbers, line ends, questions) recur in every record.
+        self._short = lru_cache(maxsize=4096)(self._encode)
+
+    def text(self, text: str) -> list[int]:
+        """Ids of a text; the list is shared, so it must not be changed."""
+        return self._short(text) if len(text) <= _SHORT else self._encode(text)
 
     def special(self, name: str) -> list[int]:
         """The id of a special token, in a list; ids of its spelling if the tokenizer lacks it."""
         return self._ids[name] if name in self._ids else self.text(name)
 
     def _encode(self, text: str) -> list[int]:
-        """Ids of a text; the list is shared, so it must not be changed."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def __reduce__(self) -> Any:

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from train.data.media import HeaderReads, head_of, reading
 from train.errors import BadRecord
 from train.geometry import PictureLayout, picture_layout
 from train.schema import MediaSource
@@ -19,6 +20,8 @@ MAX_PIXELS = 2**26
 
 # Named one by one, because some of Pillow's other formats run external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+_layout_of = lru_cache(maxsize=4096)(picture_layout)
 
 _FLIPS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,12 +45,12 @@ class SliceSettings:
 
     def layout(self, width: int, height: int) -> PictureLayout:
         """The layout of a picture of that many pixels."""
-        return picture_layout(width, height, scale=self.scale, patch=self.patch, max_slices=self.max_slices)
+        return _layout_of(width, height, scale=self.scale, patch=self.patch, max_slices=self.max_slices)
 
 
 def picture_size(source: MediaSource) -> tuple[int, int]:
     """(width, height) in pixels of the upright picture, from its header; BadRecord if broken or too large."""
-    with _opened(source) as picture:
+    with _opened(source, header_only=True) as picture:
         width, height = picture.size
         return (height, width) if _orientation(picture) >= 5 else (width, height)
 
@@ -103,21 +106,21 @@ def _patches(picture: Image.Image, size: tuple[int, int], grid: tuple[int, int],
 
 
 @contextmanager
-def _opened(source: MediaSource) -> Iterator[Image.Image]:
+def _opened(source: MediaSource, header_only: bool = False) -> Iterator[Image.Image]:
     """The picture, its header read and its size checked; whatever goes wrong with it becomes a BadRecord."""
-    name = f"image '{source}'" if isinstance(source, str) else "embedded image"
-    try:
-        with Image.open(source if isinstance(source, str) else BytesIO(source), formats=_FORMATS) as picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise BadRecord(
-                    f"{name} has {width}x{height} pixels, more than the {MAX_PIXELS} allowed; scale it down"
-                )
-            yield picture
-    except BadRecord:
-        raise
-    except Exception as error:  # decoders fail in many ways on broken files
-        raise BadRecord(f"{name} cannot be read ({error}); replace it by a valid JPEG or PNG") from None
+    with reading("image", source, "replace it by a valid JPEG or PNG") as file:
+        try:
+            with Image.open(HeaderReads(file) if header_only else file, formats=_FORMATS) as picture:
+                width, height = picture.size
+                if width * height > MAX_PIXELS:
+                    raise BadRecord(
+                        f"it has {width}x{height} pixels, more than the {MAX_PIXELS} allowed; scale it down"
+                    )
+                yield picture
+        except UnidentifiedImageError:
+            raise BadRecord(
+                f"it begins with {head_of(file)!r}, which is no intact {', '.join(_FORMATS)}; replace it"
+            ) from None
 
 
 def _orientation(picture: Image.Image) -> int:

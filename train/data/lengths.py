@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -23,18 +25,25 @@ class LengthCache:
 
     def load(self, path: str, root: str) -> tuple[np.ndarray, list[str]] | None:
         """Lengths int32 (records, 3) and types of a record file, if it was measured before."""
-        file = self._file(path, root)
-        if not file.is_file():
+        try:
+            with np.load(self._file(path, root), allow_pickle=False) as held:
+                names = held["type_names"].tolist()
+                return held["lengths"], [names[code] for code in held["type_codes"]]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):  # none, or damaged
             return None
-        with np.load(file, allow_pickle=False) as held:
-            return held["lengths"], held["types"].tolist()
 
     def save(self, path: str, root: str, lengths: np.ndarray, types: list[str]) -> None:
         """Keep what was measured; written aside first, since several runs may share the folder."""
         file = self._file(path, root)
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(f"{file.stem}.{os.getpid()}.partial.npz")
-        np.savez_compressed(aside, lengths=lengths, types=np.array(types, dtype=np.str_))
+        codes = {name: code for code, name in enumerate(dict.fromkeys(types))}
+        np.savez_compressed(
+            aside,
+            lengths=lengths,
+            type_names=np.array(list(codes), dtype=np.str_),
+            type_codes=np.fromiter((codes[name] for name in types), np.int32, len(types)),
+        )
         aside.replace(file)
 
     def _file(self, path: str, root: str) -> Path:

@@ -1,12 +1,16 @@
 """Random access to the raw records of a data file: JSON lines, a JSON list, or parquet.
 
-The format is told by the content unless it is given, never by the file's name. JSON lines and parquet stay on
-the disk, so memory does not grow with them beyond 24 bytes a line; a JSON list is held as it was parsed.
+The format is told by the content unless it is given, never by the file's name. The records stay on the disk, so
+memory does not grow with them beyond 24 bytes a record.
 """
 
 import json
 import os
+import re
+import reprlib
+import stat
 from abc import ABC, abstractmethod
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,12 +19,16 @@ import numpy as np
 from train.errors import BadRecord, OmniTuneError
 
 MAX_LINE_BYTES = 64 * 2**20
-"""Longest line that is parsed: pictures embedded as base64 fit, a file without line ends does not."""
+"""Longest record that is parsed: pictures embedded as base64 fit, a file without line ends does not."""
+
+MAX_LIST_BYTES = 2 * 2**30
+"""Largest JSON list: it is read as a whole to find its records. JSON lines have no such limit."""
 
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 2**22
-_SHORT = 32
-"""Bytes within which a line may turn out to be blank; no record is as short."""
+_SPACE = re.compile(r"[ \t\r\n]*")
+_IS_INK = ~np.isin(np.arange(256), list(b" \t\r\n"))
+"""Which bytes make a line one that is not blank."""
 
 
 class Source(ABC):
@@ -40,6 +48,10 @@ class Source(ABC):
         """Where the record stands, from 1: the line in a JSON lines file, else the item or row."""
         return index + 1
 
+    def index_of(self, line: int) -> int | None:
+        """The index of the record that stands there, if any."""
+        return line - 1 if 1 <= line <= len(self) else None
+
     def _bad(self, index: int, reason: str) -> BadRecord:
         return BadRecord(f"{self.path}:{self.line(index)}: {reason}")
 
@@ -49,32 +61,32 @@ class Source(ABC):
         return value
 
 
-class JsonLines(Source):
-    """A JSON object a line, found by byte offsets."""
+class _Json(Source):
+    """JSON objects, found by the byte offsets where they begin and end: int64 (n, 2)."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, spans: np.ndarray):
         super().__init__(path)
-        self._spans, self._lines = _index_lines(path)
+        self._spans = spans
         self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._spans)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         begin, end = map(int, self._spans[index])
         if end - begin > MAX_LINE_BYTES:
             limit = MAX_LINE_BYTES // 2**20
-            raise self._bad(index, f"the line has {end - begin} bytes, more than {limit} MiB; keep media in files")
+            raise self._bad(index, f"the record has {end - begin} bytes, more than {limit} MiB; keep media in files")
         try:
-            value = _parse_json(self._read(begin, end))
+            text = self._read(begin, end).decode("utf-8")
+            value = _DECODER.decode(text.removeprefix("\ufeff"))  # files that were joined have marks inside
+        except OSError as error:
+            raise self._bad(index, f"it cannot be read ({error.strerror}); check the disk") from None
         except UnicodeDecodeError as error:
             raise self._bad(index, f"not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
         except (ValueError, RecursionError) as error:
-            raise self._bad(index, f"invalid JSON ({error}); correct the line or remove it") from None
+            raise self._bad(index, f"invalid JSON ({error}); correct the record or remove it") from None
         return self._as_object(index, value)
-
-    def line(self, index: int) -> int:
-        return int(self._lines[index])
 
     def _read(self, begin: int, end: int) -> bytes:
         if self._file is None:
@@ -86,26 +98,37 @@ class JsonLines(Source):
         return self.__dict__ | {"_file": None}
 
 
-class JsonList(Source):
+class JsonLines(_Json):
+    """A JSON object a line."""
+
+    def __init__(self, path: Path):
+        spans, self._lines = _index_lines(path)
+        super().__init__(path, spans)
+
+    def line(self, index: int) -> int:
+        return int(self._lines[index])
+
+    def index_of(self, line: int) -> int | None:
+        index = int(np.searchsorted(self._lines, line))
+        return index if index < len(self) and self._lines[index] == line else None
+
+
+class JsonList(_Json):
     """One JSON list of objects."""
 
     def __init__(self, path: Path):
-        super().__init__(path)
+        if (size := path.stat().st_size) > MAX_LIST_BYTES:
+            raise OmniTuneError(
+                f"{path}: a JSON list of {size} bytes, more than {MAX_LIST_BYTES // 2**30} GiB; "
+                "write one record a line, which may be of any size"
+            )
         try:
-            self._records = _parse_json(path.read_bytes().removeprefix(_BOM))
-            if not isinstance(self._records, list):
-                raise ValueError(f"it holds one {type(self._records).__name__}")
+            super().__init__(path, _index_list(path))
         except (ValueError, RecursionError) as error:
             raise OmniTuneError(
                 f"{path}: it is not a valid JSON list ({error}); "
                 "correct it, or write one record a line, where a bad one costs only itself"
             ) from None
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._as_object(index, self._records[index])
 
 
 class Parquet(Source):
@@ -129,7 +152,10 @@ class Parquet(Source):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[int(index)].to_pylist()[0]
+        try:
+            return self._rows[int(index)].to_pylist()[0]
+        except (ValueError, OverflowError) as error:  # text that is no UTF-8, times outside the calendar
+            raise self._bad(index, f"the row cannot be read ({error}); correct it or remove it") from None
 
 
 _FORMATS: dict[str, type[JsonLines | JsonList | Parquet]] = {"jsonl": JsonLines, "json": JsonList, "parquet": Parquet}
@@ -145,14 +171,17 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
     """
     path = Path(path)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise OmniTuneError(f"data file '{path}' is {kind}; name the file that holds the records")
         with path.open("rb") as file:
             head = file.read(4096)
     except FileNotFoundError:
         raise OmniTuneError(f"data file '{path}' does not exist; correct its path") from None
-    except IsADirectoryError:
-        raise OmniTuneError(f"data file '{path}' is a folder; name the file in it that holds the records") from None
     except OSError as error:
         raise OmniTuneError(f"data file '{path}' cannot be opened ({error.strerror}); check its rights") from None
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise OmniTuneError(f"data file '{path}' is in UTF-16; convert it to UTF-8")
     source = (_FORMATS.get(format) or _format_of(head))(path)
     if not len(source):
         raise OmniTuneError(f"data file '{path}' holds no records; remove it from the options or fill it")
@@ -165,29 +194,72 @@ def _format_of(head: bytes) -> type[JsonLines | JsonList | Parquet]:
     return JsonList if head.removeprefix(_BOM).lstrip().startswith(b"[") else JsonLines
 
 
-def _parse_json(text: bytes) -> Any:
-    return json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
-
-
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {reprlib.repr(max(counts, key=counts.__getitem__))} stands twice in one object")
+    return made
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object_of)
+
+
 def _index_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Byte spans, int64 (n, 2), and numbers from 1, int64 (n,), of the lines that are not blank."""
-    line_ends = []
-    size = 0
+    found = [np.empty((0, 3), np.int64)]
     with path.open("rb") as file:
-        bom = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
-        file.seek(0)
+        begin = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+        file.seek(begin)
+        offset, number, inked = begin, 1, False
         while chunk := file.read(_CHUNK):
-            line_ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size)
-            size += len(chunk)
-        ends = np.concatenate([*line_ends, [size]]).astype(np.int64)
-        begins = np.concatenate([[bom], ends[:-1] + 1]).astype(np.int64)
-        kept = np.ones(len(ends), bool)
-        for row in np.flatnonzero(ends - begins < _SHORT):
-            file.seek(begins[row])
-            text = file.read(ends[row] - begins[row])
-            kept[row] = bool(text) and not text.isspace()
-    return np.stack([begins, ends], axis=1)[kept], np.flatnonzero(kept) + 1
+            data = np.frombuffer(chunk, np.uint8)
+            ends = np.flatnonzero(data == ord("\n"))
+            # One value for each line, the last for what the chunk begins of the next one.
+            ink = np.logical_or.reduceat(np.append(_IS_INK[data], False), np.append(0, ends + 1))
+            ink[0] |= inked
+            kept = np.flatnonzero(ink[:-1])
+            begins = np.append(begin, ends + 1 + offset)
+            found.append(np.stack([begins[kept], ends[kept] + offset, kept + number], axis=1))
+            begin, number, inked = int(begins[-1]), number + len(ends), bool(ink[-1])
+            offset += len(chunk)
+    if inked:
+        found.append(np.array([[begin, offset, number]]))
+    table = np.concatenate(found)
+    return table[:, :2].copy(), table[:, 2].copy()
+
+
+def _index_list(path: Path) -> np.ndarray:
+    """Byte spans of a list's items, int64 (n, 2); ValueError or RecursionError if it is not a list."""
+    # As Latin-1 each byte is a character; those of other alphabets stand only inside strings.
+    text = path.read_bytes().removeprefix(_BOM).decode("latin-1")
+    shift = path.stat().st_size - len(text)
+    decoder = json.JSONDecoder(strict=False, parse_int=float)  # what an item holds is checked when it is read
+    spans: list[tuple[int, int]] = []
+    at = _after_space(text, 0)
+    if text[at : at + 1] != "[":
+        raise ValueError(f"it begins with {text[at : at + 1]!r}, not with '['")
+    at = _after_space(text, at + 1)
+    while text[at : at + 1] != "]" or spans:
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except ValueError as error:
+            raise ValueError(f"item {len(spans) + 1}: {error}") from None
+        spans.append((at + shift, end + shift))
+        at = _after_space(text, end)
+        if text[at : at + 1] != ",":
+            break
+        at = _after_space(text, at + 1)
+    if text[at : at + 1] != "]" or _after_space(text, at + 1) < len(text):
+        raise ValueError(f"item {len(spans)} is not followed by ',' or by the final ']'")
+    return np.array(spans, np.int64).reshape(-1, 2)
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found
+    return found.end()

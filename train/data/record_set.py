@@ -1,6 +1,7 @@
 """The records of several sources under one index: checked, measured, decoded."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class SourceSpec:
     format: str = "auto"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BadNote:
     """A line of quarantine.jsonl."""
 
@@ -64,7 +65,7 @@ class RecordSet:
         self._sources = [open_source(spec.path, spec.format) for spec in specs]
         self._ends = np.cumsum([len(source) for source in self._sources])
         self.given_up: dict[int, str] = {}
-        """Records whose decoding hung or crashed a worker, and how."""
+        """Records that are left out, and why: their decoding hung or crashed a worker, or `leave_out` named them."""
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -85,6 +86,15 @@ class RecordSet:
         source, row = self.locate(index)
         return BadNote(self.specs[source].path, self._sources[source].line(row), str(error))
 
+    def leave_out(self, notes: Iterable[BadNote]) -> None:
+        """Give up the records that were noted before, so that a resumed run trains on the same ones."""
+        starts = np.concatenate([[0], self._ends[:-1]]).tolist()
+        for note in notes:
+            for spec, source, start in zip(self.specs, self._sources, starts, strict=True):
+                row = source.index_of(note.line) if spec.path == note.source else None
+                if row is not None:
+                    self.given_up[start + row] = note.reason
+
     def measure(self, cache: LengthCache | None = None) -> tuple[Measured, list[BadNote]]:
         """Lengths of every usable record, by headers alone, and notes on the others.
 
@@ -98,15 +108,15 @@ class RecordSet:
             held = cache.load(spec.path, spec.root) if cache else None
             if held:
                 lengths[part], types[part] = held
-            todo = [index for index in range(part.start, end) if not lengths[index, 0]]
+            todo = np.flatnonzero(lengths[part, 0] == 0) + part.start
             bad += self._measure(todo, lengths, types)
-            if cache and todo:
+            if cache and len(todo):
                 cache.save(spec.path, spec.root, lengths[part], types[part])
         return Measured(lengths, types, self._ends), bad
 
-    def _measure(self, todo: Sequence[int], lengths: np.ndarray, types: list[str]) -> list[BadNote]:
+    def _measure(self, todo: np.ndarray, lengths: np.ndarray, types: list[str]) -> list[BadNote]:
         bad = []
-        for index in todo:
+        for index in map(int, todo):
             try:
                 record = self.record(index)
                 size = self.processor.measure(record, **self._fit)
@@ -114,7 +124,7 @@ class RecordSet:
                 bad.append(self.note(index, error))
             else:
                 lengths[index] = size.tokens, size.patches, size.frames
-                types[index] = record.type
+                types[index] = sys.intern(record.type)  # one string for all of a kind
         return bad
 
     def batch(

@@ -6,27 +6,44 @@
 """
 
 import binascii
-import math
 import os
 import re
+import reprlib
 import stat
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from train.data.media import MEDIA, MediumKind
 from train.errors import BadRecord
 from train.schema import Part, Record, Turn
 
-MediumKind = Literal["image", "audio"]
-MEDIA: tuple[MediumKind, ...] = ("image", "audio")
+MAX_TEXT = 2**20
+"""Most characters of a conversation: they are tokenized before anything can be said about its length."""
+
+MAX_PARTS = 4096
+"""Most turns of a conversation, and most texts, pictures and recordings in them."""
+
+WEIGHTS = (1e-6, 1e3)
+"""Smallest and largest weight of a turn that is learned."""
+
+MAX_TYPE = 100
+"""Most characters of a record's type."""
+
 ROLES = ("system", "user", "assistant", "observation")
 
+_ROLES = {role: role for role in ROLES}
 _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "observation": "observation"}
 _TAG = re.compile(r"<(image|audio)>\n?")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = 300
+_QUOTE.maxlevel = 2
+_quoted = _QUOTE.repr
+"""A value as a message shows it: short, whatever the record holds."""
 
 
 class _Message(NamedTuple):
@@ -57,10 +74,9 @@ def parse_record(raw: dict[str, Any], *, root: Path, file: str, line: int) -> Re
         turns = _turns(raw, root)
         _check_turns(turns)
         _check_learned(turns)
+        return Record(turns, file, line, _type(raw.get("type")))
     except BadRecord as fault:
         raise BadRecord(f"{file}:{line}: {fault}") from None
-    kind = raw.get("type")
-    return Record(turns, file, line, kind if isinstance(kind, str) else "")
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]], *, root: Path) -> Record:
@@ -72,6 +88,23 @@ def parse_messages(messages: Sequence[Mapping[str, Any]], *, root: Path) -> Reco
     turns = _turns({"conversations": [dict(message) for message in messages]}, root)
     _check_turns(turns)
     return Record(turns)
+
+
+def _type(value: Any) -> str:
+    """The record's own word for its kind; what is no text says nothing."""
+    if not isinstance(value, str):
+        return ""
+    if len(value) > MAX_TYPE or not _is_text(value):
+        raise BadRecord(f"the type {_quoted(value)} is no short word; shorten it to {MAX_TYPE} characters")
+    return value
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _turns(raw: dict[str, Any], root: Path) -> tuple[Turn, ...]:
@@ -89,29 +122,33 @@ def _messages(raw: dict[str, Any], root: Path) -> tuple[list[_Message], bool]:
         raise BadRecord("no turns found; give a list of them under 'conversations' or 'messages'")
     tagged = False
     messages = []
-    for number, entry in enumerate(entries, 1):
+    count = 0
+    for number, entry in enumerate(_many(entries), 1):
         if not isinstance(entry, dict):
             raise BadRecord(f"turn {number} is {type(entry).__name__}; write it as an object")
         if entry.get("from") is not None:
             tagged = True
             name, roles, content = entry["from"], _SPEAKERS, entry.get("value")
         else:
-            name, roles, content = (
-                entry.get("role"),
-                dict(zip(ROLES, ROLES, strict=True)),
-                entry.get("content"),
-            )
+            name, roles, content = entry.get("role"), _ROLES, entry.get("content")
         if not isinstance(name, str) or name not in roles:
-            raise BadRecord(f"turn {number} has the unknown role {name!r}; use one of {', '.join(roles)}")
+            raise BadRecord(f"turn {number} has the unknown role {_quoted(name)}; use one of {', '.join(roles)}")
         messages.append(_Message(roles[name], _parts(content, root), _weight(entry.get("weight"), number)))
+        count += len(messages[-1].parts)
+        if count > MAX_PARTS:
+            raise BadRecord(f"up to turn {number} there are {count} parts, more than {MAX_PARTS}; split the record")
     return messages, tagged
 
 
 def _weight(value: Any, number: int) -> float:
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise BadRecord(f"turn {number} has the weight {value!r}; use a number of at least 0")
+    smallest, largest = WEIGHTS
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (value == 0 or smallest <= value <= largest):
+        raise BadRecord(
+            f"turn {number} has the weight {_quoted(value)}; use 0 or a number from {smallest:g} to {largest:g}"
+        )
     return float(value)
 
 
@@ -121,11 +158,11 @@ def _parts(content: Any, root: Path) -> list[Part]:
     if isinstance(content, str):
         return _text(content)
     if isinstance(content, list):
-        return [part for item in content for part in _item(item, root)]
+        return [part for item in _many(content) for part in _item(item, root)]
     if not isinstance(content, dict):
         raise BadRecord(f"the content of a turn is {type(content).__name__}; write a text, an object or a list")
     if unknown := [name for name in content if name not in ("text", *MEDIA) and content[name] is not None]:
-        raise BadRecord(f"the content of a turn has the unknown key '{unknown[0]}'; use text, image or audio")
+        raise BadRecord(f"the content of a turn has the unknown key {_quoted(unknown[0])}; use text, image or audio")
     media = [_medium(kind, value, root) for kind in MEDIA for value in _many(content.get(kind))]
     return media + _text(content.get("text"))
 
@@ -147,13 +184,17 @@ def _item(item: Any, root: Path) -> list[Part]:
         if isinstance(data, str) and not data.startswith("data:"):
             return [Part("audio", _decode_base64("audio", data))]
         return [_medium("audio", data, root)]
-    raise BadRecord(f"a content item has the type {kind!r}; use text, image_url, input_audio, image or audio")
+    raise BadRecord(f"a content item has the type {_quoted(kind)}; use text, image_url, input_audio, image or audio")
 
 
 def _many(value: Any) -> list[Any]:
     if value is None:
         return []
-    return value if isinstance(value, list) else [value]
+    if not isinstance(value, list):
+        return [value]
+    if len(value) > MAX_PARTS:
+        raise BadRecord(f"a list has {len(value)} items, more than the {MAX_PARTS} allowed; split the record")
+    return value
 
 
 def _text(value: Any) -> list[Part]:
@@ -161,10 +202,8 @@ def _text(value: Any) -> list[Part]:
         return []
     if not isinstance(value, str):
         raise BadRecord(f"a text is {type(value).__name__}; write it as a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadRecord("a text holds half of a surrogate pair, which is no character; remove it") from None
+    if not _is_text(value):
+        raise BadRecord("a text holds half of a surrogate pair, which is no character; remove it")
     return [Part("text", value)]
 
 
@@ -175,14 +214,14 @@ def _medium(kind: MediumKind, value: Any, root: Path) -> Part:
     if isinstance(value, bytes) and value:
         return Part(kind, value)
     if not isinstance(value, str) or not value:
-        raise BadRecord(f"{kind} {value!r} is neither a path nor encoded bytes; give one of them")
+        raise BadRecord(f"{kind} {_quoted(value)} is neither a path nor encoded bytes; give one of them")
     if value.startswith("data:"):
         head, _, data = value.partition(",")
         if not head.endswith(";base64"):
-            raise BadRecord(f"{kind} '{head}' is a data URL without base64; encode it so, or give a path")
+            raise BadRecord(f"{kind} {_quoted(head)} is a data URL without base64; encode it so, or give a path")
         return Part(kind, _decode_base64(kind, data))
     if _URL.match(value):
-        raise BadRecord(f"{kind} '{value}' is a URL, and nothing is fetched; save it under root and give its path")
+        raise BadRecord(f"{kind} {_quoted(value)} is a URL, and nothing is fetched; save it under root")
     return Part(kind, _contained_file(kind, value, root))
 
 
@@ -211,14 +250,19 @@ def _contained_file(kind: MediumKind, path: str, root: Path) -> str:
             status = os.stat(real) if _is_under(real, real_root) else None  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
         where = "" if os.path.isabs(path) else f" under {root}/"  # noqa: PTH117
-        raise BadRecord(f"{kind} '{path}' not found{where}; fix the path or set root") from None
+        raise BadRecord(f"{kind} {_quoted(path)} not found{where}; fix the path or set root") from None
     except (OSError, ValueError) as error:
-        raise BadRecord(f"{kind} {path!r} cannot be looked up ({error}); fix the path") from None
+        raise BadRecord(f"{kind} {_quoted(path)} cannot be looked up ({_reason(error)}); fix the path") from None
     if status is None:
-        raise BadRecord(f"{kind} '{path}' lies outside {root}/, where media may not be; move it or set root")
+        raise BadRecord(f"{kind} {_quoted(path)} lies outside {root}/, where media may not be; move it or set root")
     if not stat.S_ISREG(status.st_mode):
-        raise BadRecord(f"{kind} '{path}' is not a regular file; give the path of the encoded {kind}")
+        raise BadRecord(f"{kind} {_quoted(path)} is not a regular file; give the path of the encoded {kind}")
     return real
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Why, without the path once more."""
+    return error.strerror or "" if isinstance(error, OSError) else str(error)
 
 
 def _is_under(real: str, real_root: str) -> bool:
@@ -264,6 +308,9 @@ def _split_tags(part: Part, waiting: dict[MediumKind, Any]) -> list[Part]:
 
 def _check_turns(turns: tuple[Turn, ...]) -> None:
     """What must hold of every conversation."""
+    texts = (len(part.content) for turn in turns for part in turn.parts if part.kind == "text")
+    if (characters := sum(texts)) > MAX_TEXT:
+        raise BadRecord(f"its texts have {characters} characters, more than the {MAX_TEXT} allowed; split it")
     for number, turn in enumerate(turns, 1):
         if turn.role == "system" and number > 1:
             raise BadRecord(f"turn {number} is a system turn; only the first turn may be one")

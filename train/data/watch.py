@@ -42,8 +42,10 @@ class Watch:
         mine = self._now[worker.id]
         mine[_SINCE], mine[_PROCESS] = time.monotonic(), os.getpid()
         mine[_RECORD] = record
-        yield
-        mine[_RECORD] = -1
+        try:
+            yield
+        finally:  # a record that is refused is done with too: an idle worker is not slow
+            mine[_RECORD] = -1
 
     def lost_records(self) -> dict[int, str]:
         """The records at which workers were killed or died, and what became of them."""

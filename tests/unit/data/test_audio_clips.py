@@ -83,7 +83,7 @@ def test_a_list_of_other_files_is_not_followed(tmp_path):
     pytest.importorskip("av")
     (tmp_path / "secret.wav").write_bytes(wav(1.0))
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path}/secret.wav\n#EXT-X-ENDLIST\n"
-    with pytest.raises(BadRecord, match="cannot be read"):
+    with pytest.raises(BadRecord, match="is no recording that can be read"):
         load_clip(playlist.encode())
 
 
@@ -98,7 +98,7 @@ def test_decoding_is_bounded():
 
 @pytest.mark.parametrize("data", [b"", b"not a recording", wav(1.0)[:20]])
 def test_broken_files(data):
-    with pytest.raises(BadRecord, match="embedded audio cannot be read"):
+    with pytest.raises(BadRecord, match=r"embedded audio: it (begins with .* and is no recording|is empty)"):
         clip_length(data)
 
 

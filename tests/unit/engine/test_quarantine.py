@@ -22,3 +22,57 @@ def test_notes_are_written_once_and_the_limit_stops_the_run(tmp_path: Path) -> N
     with pytest.raises(TooMuchBadData, match="3 of 10 records"):
         quarantine.add([BadNote("a.jsonl", 7, "empty")])
     assert len(file.read_text().splitlines()) == 3
+
+
+def lines(file: Path) -> list[int]:
+    return [json.loads(line)["line"] for line in file.read_text().splitlines()]
+
+
+def test_a_resumed_run_has_the_notes_of_its_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "quarantine.jsonl"
+
+    def start() -> Quarantine:
+        quarantine = Quarantine(file, total_records=10, max_fraction=0.5)
+        quarantine.add([BadNote("a.jsonl", 3, "measured")])
+        return quarantine
+
+    first = start()
+    first.add([BadNote("a.jsonl", 9, "图片 took too long"), BadNote("b.jsonl", 3, "broken")])
+    state = json.loads(json.dumps(first.state()))
+    first.add([BadNote("a.jsonl", 5, "after the checkpoint")])
+    assert lines(file) == [3, 9, 3, 5]
+
+    resumed = start()
+    assert lines(file) == [3]
+    resumed.restore(state)
+    assert lines(file) == [3, 9, 3]
+    assert resumed.notes == [
+        BadNote("a.jsonl", 3, "measured"),
+        BadNote("a.jsonl", 9, "图片 took too long"),
+        BadNote("b.jsonl", 3, "broken"),
+    ]
+    assert resumed.state() == state
+    assert resumed.add([BadNote("a.jsonl", 9, "again"), BadNote("a.jsonl", 5, "found again")]) == 1
+    assert lines(file) == [3, 9, 3, 5]
+    with pytest.raises(TooMuchBadData, match="6 of 10 records"):
+        resumed.add([BadNote("a.jsonl", 6, "x"), BadNote("a.jsonl", 7, "y")])
+
+
+def test_what_a_start_finds_anew_stays_behind_the_restored_notes(tmp_path: Path) -> None:
+    file = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(file, total_records=10, max_fraction=0.5)
+    quarantine.add([BadNote("a.jsonl", 1, "its picture is gone now")])
+    quarantine.restore([{"source": "a.jsonl", "line": 2, "reason": "broken"}])
+    assert lines(file) == [2, 1]
+
+
+def test_ranks_that_do_not_write_restore_too() -> None:
+    quarantine = Quarantine(None, total_records=10, max_fraction=0.5)
+    quarantine.restore([{"source": "a.jsonl", "line": 2, "reason": "broken"}])
+    assert quarantine.add([BadNote("a.jsonl", 2, "broken")]) == 0
+
+
+def test_a_name_that_is_no_text_is_escaped(tmp_path: Path) -> None:
+    file = tmp_path / "quarantine.jsonl"
+    Quarantine(file, total_records=10, max_fraction=0.5).add([BadNote("\udcff.jsonl", 1, "x")])
+    assert json.loads(file.read_text())["source"] == "\udcff.jsonl"

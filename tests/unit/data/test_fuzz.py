@@ -1,0 +1,293 @@
+"""Whatever a file holds, each of its records is either trained on, as it was measured, or quarantined.
+
+Some hundred cases in the suite, always the same ones; thousands with
+
+    pytest tests/unit/data/test_fuzz.py --hypothesis-profile=thorough
+"""
+
+import io
+import json
+from base64 import b64encode
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.unit.data.builders import tone
+from tests.unit.data.test_audio_clips import m4a
+from train.data.plan import Limits, plan_epoch
+from train.data.record_set import BadNote, RecordSet, SourceSpec
+from train.families import find
+
+TINY = Path(__file__).resolve().parents[3] / "data" / "tiny"
+LIMITS = Limits(tokens=512, patches=100_000, frames=100_000)
+
+pytestmark = [
+    pytest.mark.timeout(1800, method="thread"),  # a hang in a decoder ends the process with a traceback
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+]
+
+
+@cache
+def processor() -> Any:
+    return find(TINY).load_processor(TINY)
+
+
+def check(file: Path, count: int, **settings: Any) -> list[BadNote]:
+    """Take a file through measuring, planning and decoding; every one of its `count` records is accounted for."""
+    records = RecordSet(
+        [SourceSpec("fuzz", str(file), str(file.parent))],
+        processor(),
+        **{"max_tokens": LIMITS.tokens, "too_long": "quarantine", **settings},
+    )
+    measured, notes = records.measure()
+    assert len(records) == count
+    usable = measured.by_source()
+    assert len(usable[0]) + len(notes) == count
+    for pack in plan_epoch(measured.lengths, usable, [1.0], LIMITS, seed=0, epoch=0):
+        batch, bad = records.batch(pack)
+        assert len(batch.records) + len(bad) == len(pack)
+        notes += bad
+        if not batch.records:
+            continue
+        found = [len(batch.input_ids), int(batch.slice_sizes.prod(dim=1).sum()), int(batch.clip_frames.sum())]
+        assert found == measured.lengths[batch.records].sum(axis=0).tolist()
+        assert len(batch.patches) == found[1]
+        assert batch.mel.shape[1] == found[2]
+        assert batch.mel.isfinite().all()
+        assert batch.loss_weights.isfinite().all()
+        assert len(batch.image_places) == processor().image_processor.image_feature_size * len(batch.slice_sizes)
+    for note in notes:
+        assert f"{file}:{note.line}: " in note.reason or note.reason.startswith(str(file))
+        assert len(note.reason) < 2000 + 4 * len(str(file))
+        note.reason.encode()
+    return notes
+
+
+VALID: list[dict[str, Any]] = [
+    {
+        "type": "caption",
+        "conversations": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": {"text": "What is it?", "image": ["a.png", "a.png"], "audio": "a.wav"}},
+            {"role": "assistant", "content": {"text": "A kettle."}, "weight": 0.5},
+        ],
+    },
+    {
+        "image": "a.png",
+        "audio": ["a.wav"],
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat do <audio> you see?"},
+            {"from": "gpt", "value": "A <image> kettle. <|turn_end|>"},
+        ],
+    },
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "Look."},
+                    {"type": "image_url", "image_url": {"url": "a.png"}},
+                    {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}},
+                    {"type": "audio", "audio": {"path": "a.wav", "bytes": None}},
+                ],
+            },
+            {"role": "observation", "content": "{}"},
+            {"role": "assistant", "content": "Seen."},
+        ]
+    },
+]
+
+WORDS = [
+    *("role", "content", "text", "image", "audio", "images", "from", "value", "type", "weight", "messages"),
+    *("user", "assistant", "system", "observation", "human", "gpt", "image_url", "input_audio", "url", "data", "path"),
+    *("a.png", "a.wav", "../a.png", "/dev/zero", "pipe", ".", "file:///etc/passwd", "http://localhost/a.png"),
+    *("data:image/png;base64,", "data:image/png;base64,AAAA", "data:,x", "<image>", "<audio>\n", "<|audio_start|>"),
+    *("\ud800", "\udcff.png", "\0", "a\0.png", "\ufeff", "x" * 3000),
+]
+TEXTS = st.sampled_from(WORDS) | st.text(st.characters(), max_size=8)
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(10**400), 1e308, 1e-320, 2**63])
+LEAVES = st.none() | st.booleans() | NUMBERS | TEXTS
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4), max_leaves=10
+)
+
+
+@st.composite
+def changed_records(draw: Any) -> Any:
+    """A valid record with some of its values replaced, removed or repeated."""
+    record = json.loads(json.dumps(draw(st.sampled_from(VALID))))
+    for _ in range(draw(st.integers(0, 3))):
+        holder: Any = record
+        while True:
+            keys: list[Any] = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if isinstance(holder[key], dict | list) and draw(st.booleans()):
+                holder = holder[key]
+                continue
+            what = draw(st.sampled_from(["replace", "remove", "repeat"]))
+            if what == "replace":
+                holder[key] = draw(VALUES)
+            elif what == "remove":
+                del holder[key]
+            elif isinstance(holder, list):
+                holder.insert(key, holder[key])
+            else:
+                holder[draw(TEXTS)] = holder[key]
+            break
+    return record
+
+
+def as_line(value: Any, plain: bool) -> bytes:
+    return json.dumps(value, ensure_ascii=not plain).encode("utf-8", "surrogatepass")
+
+
+BYTES = st.binary(max_size=40).map(lambda data: data.replace(b"\n", b""))
+LINES = st.builds(as_line, changed_records() | VALUES, st.booleans()) | BYTES
+CUTS = st.none() | st.floats(0, 1)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Any:
+    with TemporaryDirectory() as name:
+        Path(name, "a.png").write_bytes(media()["PNG"])
+        Path(name, "a.wav").write_bytes(media()["WAV"])
+        yield Path(name)
+
+
+@given(lines=st.lists(LINES, min_size=1, max_size=6), end=st.sampled_from([b"\n", b"\r\n"]), cut=CUTS)
+def test_any_lines(folder: Path, lines: list[bytes], end: bytes, cut: float | None) -> None:
+    content = b'{"messages": []}' + end + end.join(lines)
+    content = content if cut is None else content[: max(int(cut * len(content)), 20)]
+    file = folder / "records.jsonl"
+    file.write_bytes(content)
+    filled = [line for line in content.split(b"\n") if line.strip(b" \t\r")]
+    check(file, len(filled), too_long="cut_text" if len(content) % 2 else "quarantine")
+
+
+@given(records=st.lists(changed_records() | VALUES, min_size=1, max_size=4), plain=st.booleans())
+def test_any_list(folder: Path, records: list[Any], plain: bool) -> None:
+    file = folder / "records.json"
+    file.write_bytes(as_line(records, plain))
+    check(file, len(records))
+
+
+@cache
+def media() -> dict[str, bytes]:
+    """A small valid file of each format, by its name."""
+    encoded = {}
+    shades = np.add.outer(3 * np.arange(24), 5 * np.arange(30))
+    picture = Image.fromarray(np.stack([shades, 255 - shades, shades // 2], axis=2).astype(np.uint8))
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    more = {
+        "JPEG": {"exif": tags},
+        "PNG": {"exif": tags},
+        "GIF": {"save_all": True, "append_images": [picture.rotate(90)], "comment": b"two frames"},
+        "WEBP": {},
+        "TIFF": {"compression": "tiff_lzw", "save_all": True, "append_images": [picture]},
+        "BMP": {},
+        "PPM": {},
+    }
+    for name, options in more.items():
+        file = io.BytesIO()
+        picture.save(file, name, **options)
+        encoded[name] = file.getvalue()
+    subtypes = {
+        "WAV": "FLOAT",
+        "FLAC": None,
+        "OGG": "VORBIS",
+        "OPUS": "OPUS",
+        "MP3": None,
+        "AIFF": None,
+        "CAF": "ALAC_16",
+    }
+    for name, subtype in subtypes.items():
+        file = io.BytesIO()
+        form = {"OPUS": "OGG"}.get(name, name)
+        soundfile.write(file, tone(0.1, channels=2), 16_000, format=form, subtype=subtype)
+        encoded[name] = file.getvalue()
+    return encoded | {"M4A": m4a(tone(0.2), 16_000)}
+
+
+PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
+SOUNDS = ("WAV", "FLAC", "OGG", "OPUS", "MP3", "AIFF", "CAF", "M4A")
+EDGES = [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1]
+
+
+@st.composite
+def damage(draw: Any, names: tuple[str, ...]) -> bytes:
+    """A valid file with bits turned, numbers set to edge values, pieces cut, repeated or taken from another."""
+    data = bytearray(media()[draw(st.sampled_from(names))])
+    for _ in range(draw(st.integers(1, 4))):
+        # Headers are where it matters most.
+        at = draw(st.integers(0, min(80, len(data)) - 1) | st.integers(0, len(data) - 1)) if data else 0
+        what = draw(st.sampled_from(["bit", "number", "cut", "drop", "repeat", "splice", "insert"]))
+        length = draw(st.integers(1, 64))
+        if what == "bit" and data:
+            data[at] ^= 1 << draw(st.integers(0, 7))
+        elif what == "number":
+            size, order = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from(["little", "big"]))
+            value = draw(st.sampled_from(EDGES)) % 2 ** (8 * size)
+            data[at : at + size] = value.to_bytes(size, order)
+        elif what == "cut":
+            del data[at:]
+        elif what == "drop":
+            del data[at : at + length]
+        elif what == "repeat":
+            data[at:at] = data[at : at + length]
+        elif what == "splice":
+            other = media()[draw(st.sampled_from(PICTURES + SOUNDS))]
+            data[at : at + length] = other[draw(st.integers(0, len(other) - 1)) :][:length]
+        else:
+            data[at:at] = draw(st.binary(max_size=16))
+    return bytes(data)
+
+
+def asks_about(kind: str, name: str) -> dict[str, Any]:
+    question = {"role": "user", "content": {kind: name}}
+    return {"conversations": [question, {"role": "assistant", "content": "It."}]}
+
+
+@given(data=damage(PICTURES), name=st.sampled_from(["a.jpg", "a.png", "a.txt"]))
+def test_damaged_pictures(data: bytes, name: str) -> None:
+    through_damaged_medium("image", data, name)
+
+
+@given(data=damage(SOUNDS), name=st.sampled_from(["a.wav", "a.vox", "a.mp3"]))
+def test_damaged_recordings(data: bytes, name: str) -> None:
+    through_damaged_medium("audio", data, name)
+
+
+def through_damaged_medium(kind: str, data: bytes, name: str) -> None:
+    with TemporaryDirectory() as made:
+        Path(made, f"{kind}-{name}").write_bytes(data)
+        file = Path(made, "records.jsonl")
+        file.write_text(json.dumps(asks_about(kind, f"{kind}-{name}")))
+        check(file, 1)
+
+
+@pytest.mark.parametrize("name", PICTURES + SOUNDS)
+def test_undamaged_media_are_used(tmp_path: Path, name: str) -> None:
+    """Else the fuzz would only ever see refusals."""
+    kind = "image" if name in PICTURES else "audio"
+    (tmp_path / "medium").write_bytes(media()[name])
+    file = tmp_path / "records.jsonl"
+    file.write_text(json.dumps(asks_about(kind, "medium")))
+    assert check(file, 1) == []
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_unchanged_records_are_used(folder: Path, index: int) -> None:
+    file = folder / "valid.jsonl"
+    file.write_text(json.dumps(VALID[index]).replace("UklGRg==", b64encode(media()["WAV"]).decode()))
+    assert check(file, 1) == []

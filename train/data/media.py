@@ -1,0 +1,96 @@
+"""Opening media: regular files and encoded bytes of a bounded size, and nothing that could wait or never end."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any, BinaryIO, Literal, cast
+
+from train.errors import BadRecord
+from train.schema import MediaSource
+
+MediumKind = Literal["image", "audio"]
+MEDIA: tuple[MediumKind, ...] = ("image", "audio")
+
+MAX_BYTES: dict[MediumKind, int] = {"image": 2**28, "audio": 2**30}
+"""Largest file that is opened: an uncompressed picture of 67 megapixels fits, and half an hour of studio sound."""
+
+_HEADER_READS = 20_000
+_HEADER_BYTES = 2**24
+"""How far a header is read: colour profiles and embedded previews fit, a chain of a million chunks does not."""
+
+
+@contextmanager
+def reading(kind: MediumKind, source: MediaSource, advice: str, buffering: int = -1) -> Iterator[Any]:
+    """The open file; whatever goes wrong inside becomes a BadRecord that names it.
+
+    advice: what to do about a file that its decoder cannot read.
+    buffering: as in `open`; 0 for a decoder that reads a file by its descriptor.
+    """
+    try:
+        with _opened(source, MAX_BYTES[kind], buffering) as file:
+            yield file
+    except BadRecord as fault:
+        raise BadRecord(f"{_name_of(kind, source)}: {fault}") from None
+    except Exception as error:  # decoders fail in many ways on broken files
+        raise BadRecord(f"{_name_of(kind, source)} cannot be read ({error}); {advice}") from None
+
+
+def _name_of(kind: MediumKind, source: MediaSource) -> str:
+    """What a message calls a medium."""
+    return f"{kind} {source!r}" if isinstance(source, str) else f"embedded {kind}"
+
+
+def head_of(file: BinaryIO, size: int = 12) -> bytes:
+    """The first bytes of a file, which stays at its beginning."""
+    file.seek(0)
+    head = file.read(size)
+    file.seek(0)
+    return head
+
+
+class HeaderReads:
+    """A file for reading a header: it refuses to go on where no header goes that far.
+
+    Headers are read in the main process, where nobody watches. Some decoders take quadratic time over them.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._reads, self._bytes = file, 0, 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._reads += 1
+        if size >= 0:  # who takes the whole file at once does so only once
+            self._bytes += len(data)
+        if self._reads > _HEADER_READS or self._bytes > _HEADER_BYTES:
+            raise BadRecord("its header does not end; save it again without metadata")
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _opened(source: MediaSource, most: int, buffering: int) -> BinaryIO:
+    if isinstance(source, bytes):
+        _check_size(len(source), most)
+        return BytesIO(source)
+    # Without O_NONBLOCK a pipe would keep us waiting for its writer.
+    descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadRecord("it is not a regular file; give the path of the encoded medium")
+        _check_size(status.st_size, most)
+    except BadRecord:
+        os.close(descriptor)
+        raise
+    return cast(BinaryIO, os.fdopen(descriptor, "rb", buffering))
+
+
+def _check_size(size: int, most: int) -> None:
+    if not size:
+        raise BadRecord("it is empty; replace it")
+    if size > most:
+        raise BadRecord(f"it has {size} bytes, more than the {most} allowed; make it smaller")
