@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,20 @@ def write_records(folder: Path, *, train: int = 24, held_out: int = 6) -> list[s
         file.write_text("\n".join(lines), encoding="utf-8")
         words.append(f"data.{name}=[{{path: {file}, root: {SAMPLE}}}]")
     return words
+
+
+def write_small_model(folder: Path) -> Path:
+    """Settings of a model smaller than the tiny one, for tests of many runs; returns their folder."""
+    model = folder / "model"
+    shutil.copytree(ROOT / "data" / "tiny", model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config["vision_config"] |= {"hidden_size": 32, "intermediate_size": 64}
+    config["vision_config"] |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+    config["audio_config"] |= {"n_state": 32, "n_head": 1, "n_layer": 1, "output_dim": 64}
+    (model / "config.json").write_text(json.dumps(config))
+    return model
 
 
 def clean_environment() -> dict[str, str]:
@@ -66,10 +81,15 @@ def succeed(words: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def build_here(words: list[str]) -> Run:
-    """A run built in this process, after forgetting the one before."""
+def forget_accelerator() -> None:
+    """Let the next Accelerator of this process be another one."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
+
+
+def build_here(words: list[str]) -> Run:
+    """A run built in this process, after forgetting the one before."""
+    forget_accelerator()
     return build(*compose_options(["engine=none", "tracker=none", "data.workers=0", *words]))
 
 

@@ -40,6 +40,7 @@ def check(options: Options, world_size: int = 1, environment: Mapping[str, str] 
         *_model_faults(options),
         *_data_faults(options),
         *_tuning_faults(options),
+        *_lora_faults(options),
         *_number_faults(options),
         *_launch_faults(options, world_size),
         *_deepspeed_faults(options),
@@ -121,6 +122,38 @@ def _tuning_faults(options: Options) -> list[str]:
     return faults
 
 
+def _lora_faults(options: Options) -> list[str]:
+    lora = options.lora
+    if not lora.modules:
+        return [
+            f"lora.{name} is set, but lora.modules is empty, so nothing would read it; set 'lora.modules=[llm]'"
+            for name in ("use_rslora", "use_dora", "load_in_4bit")
+            if getattr(lora, name)
+        ]
+    faults = []
+    start = lora.init_lora_weights
+    if str(start).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        faults.append(
+            f"lora.init_lora_weights={start} moves part of the base into the adapter, which then fits no model but the "
+            "changed one; use true, gaussian or orthogonal, which leave the base as it is"
+        )
+    elif start not in (True, "gaussian", "orthogonal"):
+        faults.append(f"lora.init_lora_weights is '{start}'; use true, gaussian or orthogonal")
+    if start == "orthogonal" and lora.rank % 2:
+        faults.append(f"lora.init_lora_weights=orthogonal needs an even lora.rank, and it is {lora.rank}")
+    if start == "orthogonal" and lora.load_in_4bit:
+        faults.append(
+            "lora.init_lora_weights=orthogonal would be rounded to whole bytes by peft beside 4-bit weights; "
+            "use true or gaussian"
+        )
+    if lora.load_in_4bit and not (options.modules.tune_llm and "llm" in lora.modules):
+        faults.append(
+            "lora.load_in_4bit is for a language model that learns through adapters alone; "
+            "put llm among lora.modules and set modules.tune_llm=true, or lora.load_in_4bit=false"
+        )
+    return faults
+
+
 def _number_faults(options: Options) -> list[str]:
     data, run, optim, lora, evaluation = options.data, options.run, options.optim, options.lora, options.eval
     at_least = {
@@ -135,6 +168,7 @@ def _number_faults(options: Options) -> list[str]:
         "run.packs_per_step": (run.packs_per_step, 1),
         "run.save_every": (run.save_every, 0),
         "run.keep_last": (run.keep_last, 0),
+        "run.max_not_finite": (run.max_not_finite, 0),
         "run.eval_every": (run.eval_every, 0),
         "run.threads": (run.threads, 0),
         "optim.weight_decay": (optim.weight_decay, 0),
@@ -159,6 +193,8 @@ def _number_faults(options: Options) -> list[str]:
         faults.append(f"data.decode_limit_s is {data.decode_limit_s}; it must be above 0")
     if not all(0 <= beta < 1 for beta in optim.betas):
         faults.append(f"optim.betas is {list(optim.betas)}; both must lie between 0 and 1")
+    if run.keep_best and not options.data.eval:
+        faults.append(f"run.keep_best is {run.keep_best}, but data.eval is empty, so nothing is evaluated")
     if run.resume not in ("auto", "never") and not Path(run.resume).is_dir():
         faults.append(f"run.resume: there is no checkpoint folder '{run.resume}'; use auto, never or a folder")
     return faults
@@ -167,6 +203,11 @@ def _number_faults(options: Options) -> list[str]:
 def _launch_faults(options: Options, world_size: int) -> list[str]:
     if options.engine.name is Engine.none and world_size > 1:
         return [f"engine=none is for one process, and {world_size} were launched; use engine=ddp or engine=zero2"]
+    if options.lora.use_dora and options.engine.name.zero_stage == 3:
+        return [
+            f"lora.use_dora reads whole base weights outside the layers that engine={options.engine.name} gathers them "
+            "for, so answers cannot be generated; use engine=zero2, or lora=lora"
+        ]
     return []
 
 

@@ -136,16 +136,30 @@ class ModulesOptions:
 @dataclass
 class LoraOptions:
     modules: list[str] = field(default_factory=list)
-    """Modules whose tuning goes through adapters, the rest of the tuned ones learn in full; empty = no LoRA."""
+    """Modules whose tuning goes through adapters; empty = no LoRA.
+
+    The other modules with a `modules.tune_<name>` flag learn in full beside them (what peft calls modules_to_save)
+    at their own `modules.lr`, and export/adapter/ carries them too.
+    """
     rank: int = 16
     alpha: float = 32.0
-    """Adapters are scaled by alpha / rank."""
+    """Adapters are scaled by alpha / rank, with `use_rslora` by alpha / √rank."""
     dropout: float = 0.05
     """Dropout probability in front of each adapter."""
     targets: dict[str, list[str]] = field(default_factory=dict)
     """Linear layers to adapt, by module; a module that is not named here takes its family's usual ones."""
     lr: float = 1e-4
     """Peak learning rate of the adapters."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: a scale that does not starve high ranks (see `alpha`)."""
+    use_dora: bool = False
+    """DoRA: the norm of each row of an adapted weight learns apart from its direction; slower, often better."""
+    init_lora_weights: bool | str = True
+    """Start of the adapters, which add nothing yet: true = A random, B zero; `gaussian` = A normal, B zero;
+    `orthogonal` = A and B random, their product zero (an even rank)."""
+    load_in_4bit: bool = False
+    """QLoRA: the language model's frozen linear layers, all but the head, rest in 4 bits (bitsandbytes: NF4, double
+    quantisation). Exports are made with the weights as they were before."""
 
 
 @dataclass
@@ -189,10 +203,14 @@ class RunOptions:
     """Optimizer steps between checkpoints; 0 = only at the end."""
     keep_last: int = 2
     """Newest checkpoints kept; 0 = all."""
+    keep_best: str = ""
+    """Figure of the evaluation whose best checkpoint is kept too (`eval/loss`, `eval/exact_match`, ...); "" = none."""
     eval_every: int = 500
     """Optimizer steps between evaluations; 0 = only before the first step and after the last."""
     resume: str = "auto"
     """`auto` = go on from the newest checkpoint in `run.dir`; `never`; or a checkpoint's path."""
+    max_not_finite: int = 10
+    """Steps in a row that may be left out because a loss or gradient is not finite; then the run stops."""
     precision: Precision = Precision.bf16
     """Precision of the computation; masters and moments are float32 always."""
     activation_checkpointing: bool = False

@@ -24,3 +24,7 @@ class TooMuchBadData(OmniTuneError):
 
 class CheckpointError(OmniTuneError):
     """A model folder or a checkpoint that cannot be read, or does not fit the model."""
+
+
+class TrainingError(OmniTuneError):
+    """Training that cannot go on, though options, data and checkpoints are in order."""

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from train.commands.options import register, typed  # noqa: E402
 from train.errors import OmniTuneError  # noqa: E402
-from train.launcher.failure import told_to_the_launcher  # noqa: E402
+from train.launcher.failure import STOPPED, told_to_the_launcher  # noqa: E402
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors, and does not print them on every rank
 register()
@@ -42,11 +42,14 @@ def main(config: DictConfig) -> None:
     from train.engine.launch import close
 
     run = build(options, resolved)
-    run.trainer.fit()
-    folder = run.export()
+    run.stop.listen()
+    is_done = run.trainer.fit()
+    folder = run.export() if is_done else None
     if run.accelerator.is_main_process:
-        print(f"exported to {folder}", file=sys.stderr)
+        print(f"exported to {folder}" if is_done else "stopped; the same command goes on", file=sys.stderr)
     close(run.accelerator, run.trainer.train_step.model)
+    if not is_done:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

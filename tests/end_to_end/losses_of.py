@@ -15,10 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
 
 from tests.end_to_end.mixes import Setting  # noqa: E402
+from tests.runs import forget_accelerator  # noqa: E402
 from train.commands.options import compose_options  # noqa: E402
 from train.engine.build import Run, build  # noqa: E402
 from train.engine.launch import close, world_size  # noqa: E402
@@ -32,8 +32,7 @@ def main(folder: Path, settings: list[Setting]) -> None:
     out = folder / f"losses-{world_size()}.jsonl"
     for number, setting in enumerate(settings):
         faulthandler.dump_traceback_later(LIMIT_S, exit=True)
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._shared_state.clear()
+        forget_accelerator()
         run = build(*compose_options([*words, *setting.words(), f"run.dir={folder}/run-{world_size()}-{number}"]))
         outcome = {"setting": setting.to_dict(), **losses(run, setting)}
         if run.accelerator.is_main_process:

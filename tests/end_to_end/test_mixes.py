@@ -1,29 +1,18 @@
 """No hang and one loss, whatever each rank holds, whatever is frozen, however it is tuned, under every engine."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.mixes import ENGINES, FREEZES, KINDS, MIXES, Setting, all_pairs, full_product, pairs_of
-from tests.runs import ROOT, SAMPLE, launch
+from tests.runs import SAMPLE, launch, write_small_model
 
 pytestmark = pytest.mark.end_to_end
 
 SEED = 0
 SETTINGS_A_LAUNCH = 48
 """Runs that are built in one process after another, before new processes take over."""
-
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-SMALL_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 64}
-SMALL_AUDIO = {"n_state": 32, "n_head": 1, "n_layer": 1, "output_dim": 64}
 
 
 def prepare(folder: Path) -> None:
@@ -38,16 +27,9 @@ def prepare(folder: Path) -> None:
     assert not any(wanted.values())
     records = folder / "records.jsonl"
     records.write_text("\n".join(chosen), encoding="utf-8")
-    model = folder / "model"
-    shutil.copytree(ROOT / "data" / "tiny", model)
-    config = json.loads((model / "config.json").read_text())
-    config |= SMALL
-    config["vision_config"] |= SMALL_VISION
-    config["audio_config"] |= SMALL_AUDIO
-    (model / "config.json").write_text(json.dumps(config))
     source = f"[{{path: {records}, root: {SAMPLE}}}]"
     words = [
-        f"model.random_from={model}",
+        f"model.random_from={write_small_model(folder)}",
         *(f"data.train={source}", f"data.eval={source}", "data.workers=0"),
         *("optim.eps=1e-6", "optim.warmup_ratio=0", "optim.schedule=constant", "run.precision=fp32"),
         *("eval.batch_size=1", "eval.max_new_tokens=4", "eval.before_training=false", "tracker=none", "run.threads=1"),

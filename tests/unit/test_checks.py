@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from train.checks import check
-from train.config import MODULES, Engine, ModelOptions, Options, SourceOptions
+from train.config import MODULES, Engine, LoraOptions, ModelOptions, Options, SourceOptions
 from train.errors import ConfigError
 
 
@@ -56,6 +56,23 @@ def test_lora_of_an_unknown_module(options: Options) -> None:
     assert faults(options)[0].startswith("lora.modules: there is no module 'video'; choose from vision_encoder")
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"modules": [], "use_dora": True}, "lora.use_dora is set, but lora.modules is empty"),
+        ({"init_lora_weights": "pissa_niter_4"}, "moves part of the base into the adapter"),
+        ({"init_lora_weights": False}, "use true, gaussian or orthogonal"),
+        ({"init_lora_weights": "orthogonal", "rank": 5}, "needs an even lora.rank, and it is 5"),
+        ({"init_lora_weights": "orthogonal", "load_in_4bit": True}, "use true or gaussian"),
+        ({"modules": ["vision_proj"], "load_in_4bit": True}, "put llm among lora.modules"),
+    ],
+)
+def test_lora_options_that_do_not_fit(options: Options, changes: dict, said: str) -> None:
+    options.lora = LoraOptions(**{"modules": ["llm"], **changes})
+    [fault] = faults(options)
+    assert said in fault
+
+
 def test_a_folder_without_weights(options: Options) -> None:
     options.model.path = options.model.random_from
     assert "has no weights (*.safetensors)" in faults(options)[0]
@@ -71,6 +88,13 @@ def test_engine_none_is_for_one_process(options: Options) -> None:
     options.engine.name = Engine.none
     check(options, 1)
     assert "use engine=ddp or engine=zero2" in faults(options, 2)[0]
+
+
+@pytest.mark.parametrize("engine", [Engine.zero3, Engine.zero3_offload])
+def test_dora_is_not_for_zero3(options: Options, engine: Engine) -> None:
+    options.lora = LoraOptions(modules=["llm"], use_dora=True)
+    options.engine.name = engine
+    assert "use engine=zero2, or lora=lora" in faults(options)[0]
 
 
 def test_deepspeed_entries_need_deepspeed(options: Options) -> None:

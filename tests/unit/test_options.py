@@ -25,8 +25,8 @@ def leaves(kind: type, prefix: str = "") -> list[str]:
     return found
 
 
-def test_there_are_three_recipes() -> None:
-    assert RECIPE_NAMES == ["align", "full", "lora"]
+def test_there_are_four_recipes() -> None:
+    assert RECIPE_NAMES == ["align", "full", "lora", "qlora"]
 
 
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)

@@ -18,11 +18,11 @@ def run(chosen: argparse.Namespace) -> None:
 
     from train.config import Options
     from train.engine.build import RANDOM_MODEL, export_arguments
-    from train.engine.checkpoint import STATE, load_trained_state
+    from train.engine.checkpoint import MANIFEST, trained_weights
     from train.families import find
     from train.inference.export import export
 
-    checkpoint = _newest(chosen.checkpoint, STATE)
+    checkpoint = _newest(chosen.checkpoint, MANIFEST)
     folder = checkpoint.parent.parent
     config = folder / "config.yaml"
     if not config.is_file():
@@ -33,7 +33,7 @@ def run(chosen: argparse.Namespace) -> None:
     out = chosen.out or folder / "export"
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"'{out}' is not empty; name another folder with --out")
-    export(base, load_trained_state(checkpoint), out, **export_arguments(options, find(base)))
+    export(base, trained_weights(checkpoint), out, **export_arguments(options, find(base)))
     print(f"exported {checkpoint} to {out}")
 
 

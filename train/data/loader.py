@@ -1,10 +1,12 @@
 """The steps of a run: planned ahead, decoded in worker processes, at hand when they are needed."""
 
+import hashlib
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from train.data.plan import Limits, assign, plan_epoch
@@ -52,6 +54,12 @@ class StepPlan:
         self._planned: tuple[int, list[list[int]]] = (-1, [])
         if not any(len(records) for records in measured.by_source()):
             raise OmniTuneError("no usable record is left in data.train; quarantine.jsonl says why")
+
+    def digest(self) -> str:
+        """A short hash of all that the order of steps depends on."""
+        state = hashlib.blake2b(self.measured.lengths.tobytes(), digest_size=16)
+        state.update(repr((self.weights, self.limits, self.packs_per_step, self.seed)).encode())
+        return state.hexdigest()
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """The packs of an epoch."""
@@ -181,5 +189,6 @@ class StepLoader:
             worker_init_fn=watch.begin if self.workers else None,
             multiprocessing_context="forkserver" if self.workers else None,
             pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # the global one is dropout's, and a resumed run makes one loader more
         )
         return watch, iter(loader)

@@ -86,6 +86,11 @@ class RecordSet:
         source, row = self.locate(index)
         return BadNote(self.specs[source].path, self._sources[source].line(row), str(error))
 
+    def name_of(self, index: int) -> str:
+        """A record's file and line, for messages."""
+        source, row = self.locate(index)
+        return f"{self.specs[source].path}:{self._sources[source].line(row)}"
+
     def leave_out(self, notes: Iterable[BadNote]) -> None:
         """Give up the records that were noted before, so that a resumed run trains on the same ones."""
         starts = np.concatenate([[0], self._ends[:-1]]).tolist()

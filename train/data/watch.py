@@ -14,6 +14,9 @@ from torch.utils.data import get_worker_info
 
 _RECORD, _SINCE, _PROCESS = range(3)
 
+_GRACE_S = 20.0
+"""Seconds that a worker goes on after SIGTERM."""
+
 
 class Watch:
     """Shared between this process, which watches, and its workers, which say what they do.
@@ -73,7 +76,10 @@ class Watch:
         """Called in each new worker: end it when the process that watches ends, however that happens.
 
         A worker's parent is the fork server, which waits for its workers: nobody else would end either.
+        Signals that ask the whole run to stop reach the workers too, which are needed for the step at hand.
         """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_GRACE_S, os._exit, [1]).start())
         threading.Thread(target=_end_with, args=(self._owner,), daemon=True).start()
 
     def __getstate__(self) -> dict:

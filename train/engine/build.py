@@ -22,20 +22,24 @@ from train.data.loader import StepLoader, StepPlan
 from train.data.plan import Limits
 from train.data.record_set import Measured, RecordSet, SourceSpec
 from train.engine.agreement import check_folder, check_records
-from train.engine.checkpoint import Checkpoints, trained_state
+from train.engine.checkpoint import Checkpoints, trained_weights
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
 from train.engine.launch import make_accelerator, world_size, zero_stage
+from train.engine.lock import lock
 from train.engine.metrics import MetricsFile, Observer, Profiler, Progress
 from train.engine.optimizer import LearningRates, make_optimizer
 from train.engine.quarantine import Quarantine
+from train.engine.state import trained_state
 from train.engine.step import TrainStep
+from train.engine.stop import StopRequest
 from train.engine.tracking import WandbTracker
 from train.engine.trainer import Rhythm, Trainer
 from train.errors import ConfigError
 from train.families import Family, find
 from train.inference.export import export, write_random_model
-from train.modules.adapters import LoraSettings, add_adapters
+from train.modules.adapters import LoraSettings, add_adapters, quantize_linear_layers
+from train.modules.flops import size_of
 from train.modules.trainable import choose_trainable, parameter_groups
 
 log = logging.getLogger(__name__)
@@ -53,13 +57,15 @@ class Run:
     trainer: Trainer
     folder: Path
     base: Path
+    stop: StopRequest
 
     def export(self) -> Path:
-        """Write export/ from the model as it stands; every rank must call it."""
-        trained = trained_state(self.accelerator, self.trainer.train_step.model)
+        """Write export/ from the newest checkpoint; every rank must call it."""
+        checkpoint = self.trainer.checkpoints.newest()
         unset_hf_deepspeed_config()  # from here on a model is loaded whole, on one rank
         folder = self.folder / "export"
         if self.accelerator.is_main_process:
+            trained = trained_weights(checkpoint)
             shutil.rmtree(folder, ignore_errors=True)
             export(self.base, trained, folder, **export_arguments(self.options, find(self.base)))
         self.accelerator.wait_for_everyone()
@@ -84,7 +90,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         processor.system_prompt = options.data.system_prompt
 
     train_set, measured, eval_set, eval_measured, quarantine = _read_data(options, base, processor, folder, accelerator)
-    model = _load_model(options, family, base)
+    model = _load_model(options, family, base, accelerator.device)
     plan = StepPlan(
         measured,
         [spec.weight for spec in train_set.specs],
@@ -107,8 +113,11 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     set_seed(options.run.seed, device_specific=True)
 
-    checkpoints = Checkpoints(folder / "checkpoints", accelerator, keep_last=options.run.keep_last)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", accelerator, keep_last=options.run.keep_last, keep_best=options.run.keep_best
+    )
     found = checkpoints.find(options.run.resume)
+    stop = StopRequest()
     trainer = Trainer(
         accelerator=accelerator,
         train_step=TrainStep(
@@ -119,14 +128,19 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
             media=family.media,
             sources=len(train_set.specs),
             max_grad_norm=options.optim.max_grad_norm,
+            stop=stop,
         ),
+        trained=trained_state(accelerator, wrapped, optimizer, zero_stage(options)),
         steps_from=partial(_steps_from, plan, train_set, accelerator, options),
+        plan_digest=plan.digest(),
+        name_of=train_set.name_of,
         source_names=[spec.name for spec in train_set.specs],
         rhythm=Rhythm(
             total_steps=total_steps,
             eval_every=options.run.eval_every,
             save_every=options.run.save_every,
             evaluate_first=options.eval.before_training,
+            max_not_finite=options.run.max_not_finite,
             one_batch=options.debug.one_batch,
         ),
         quarantine=quarantine,
@@ -136,12 +150,13 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     )
     if found:
         trainer.resume(found)
+        train_set.leave_out(quarantine.notes)
     if accelerator.is_main_process:
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         write_environment(folder, accelerator)
         trainer.observers = _observers(options, resolved, folder, trainer)
     _describe(options, accelerator, model, plan, total_steps)
-    return Run(options, accelerator, trainer, folder, base)
+    return Run(options, accelerator, trainer, folder, base, stop)
 
 
 def export_arguments(options: Options, family: Family) -> dict[str, Any]:
@@ -163,6 +178,9 @@ def lora_settings(options: Options, family: Family) -> LoraSettings:
         rank=options.lora.rank,
         alpha=options.lora.alpha,
         dropout=options.lora.dropout,
+        use_rslora=options.lora.use_rslora,
+        use_dora=options.lora.use_dora,
+        init_lora_weights=options.lora.init_lora_weights,
     )
 
 
@@ -195,6 +213,7 @@ def _make_folder(options: Options, accelerator: Accelerator) -> Path:
     folder = Path(name[0])
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
     check_folder(folder, accelerator)
     return folder
 
@@ -258,20 +277,27 @@ def _limits(options: Options) -> Limits:
     return Limits(options.data.max_tokens, options.data.max_patches, options.data.max_frames)
 
 
-def _load_model(options: Options, family: Family, base: Path) -> nn.Module:
-    """The model with what learns chosen: float32 where the masters live in it, frozen parts in the compute dtype."""
+def _load_model(options: Options, family: Family, base: Path, device: torch.device) -> nn.Module:
+    """The model with what learns chosen: float32 where the masters live in it, frozen parts in the compute dtype.
+
+    device: where 4-bit weights are made; all else is still on the CPU.
+    """
     in_bf16 = options.run.precision is Precision.bf16
     model = family.load_model(base, dtype=torch.bfloat16 if in_bf16 and zero_stage(options) else torch.float32)
     model.liger_loss = options.run.liger_loss
     tuned = tuned_modules(options)
     if options.run.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if options.lora.load_in_4bit:
+        compute_dtype = torch.bfloat16 if in_bf16 else torch.float32
+        quantize_linear_layers(model, family.rules, "llm", compute_dtype=compute_dtype, device=device)
     if options.lora.modules:
         model = add_adapters(model, family.rules, lora_settings(options, family))
     choose_trainable(model, family.rules, tuned=tuned, adapted=options.lora.modules)
     if in_bf16:
         for parameter in model.parameters():
-            if not parameter.requires_grad:
+            in_place = parameter.requires_grad and not zero_stage(options)  # DeepSpeed keeps masters of its own
+            if parameter.is_floating_point() and not in_place:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
@@ -324,7 +350,7 @@ def _observers(options: Options, resolved: dict[str, Any], folder: Path, trainer
 def _describe(options: Options, accelerator: Accelerator, model: nn.Module, plan: StepPlan, steps: int) -> None:
     if not accelerator.is_main_process:
         return
-    sizes = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
+    sizes = {parameter: size_of(parameter) for parameter in model.parameters()}
     total = sum(sizes.values())
     learning = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
     packs = plan.epoch(0)

@@ -1,125 +1,231 @@
-"""Checkpoints: all that resuming needs, and the trained weights by name."""
+"""Checkpoints: whole or not there, written while training goes on, checked before they are used.
 
+step-000200/
+  manifest.json              size and checksum of every other file; its presence says that all is there
+  state.json                 where the run stands
+  rank-00000.safetensors     each rank's part of the trained state (see `state`)
+"""
+
+import hashlib
 import json
 import logging
+import os
 import shutil
+import time
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
+from train.engine.state import MASTER, SavedState
 from train.errors import CheckpointError
-from train.modules.trainable import canonical_name
 
 log = logging.getLogger(__name__)
 
-TRAINED = "trained.safetensors"
-"""The float32 masters of all that learns, by the parameters' names in the model's checkpoint."""
-
+MANIFEST = "manifest.json"
 STATE = "state.json"
-"""Where the run stands; its presence marks a checkpoint as complete."""
+_POLL_S = 0.05
 
 
-def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """Float32 masters of the trainable parameters, on the CPU; filled on the main process alone.
-
-    Every rank must call it: sharded weights are gathered one by one.
-    """
-    if accelerator.distributed_type == "DEEPSPEED":
-        from deepspeed.utils import safe_get_full_fp32_param as full_master
-    else:
-
-        def full_master(parameter: Tensor) -> Tensor:
-            return parameter.detach()
-
-    state = {}
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
-        if parameter.requires_grad:
-            master = full_master(parameter)
-            if accelerator.is_main_process:
-                state[canonical_name(name)] = master.to("cpu", torch.float32, copy=True)
-    return state
+def trained_weights(folder: Path) -> dict[str, Tensor]:
+    """Float32 masters of a checkpoint's trained parameters, by name. Raises CheckpointError where it is damaged."""
+    if fault := damage(folder):
+        raise CheckpointError(f"'{folder}' {fault}")
+    shapes = read_state(folder)["parameters"]
+    with saved_state(folder) as saved:
+        return {name: saved.read(MASTER, name, 0, prod(shape)).view(shape) for name, shape in shapes.items()}
 
 
-def load_trained_state(folder: Path) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint folder."""
-    file = folder / TRAINED
-    if not file.is_file():
-        raise CheckpointError(f"'{folder}' holds no {TRAINED}, so it is not a checkpoint of a run")
-    return load_file(file)
+def saved_state(folder: Path) -> SavedState:
+    """The tensors of a checkpoint."""
+    return SavedState(sorted(folder.glob("rank-*.safetensors")))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What state.json says."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files, None if nothing is; the work may be divided into `parts`."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"is not a complete checkpoint: it has no {MANIFEST}"
+    except (ValueError, KeyError, TypeError):
+        return f"is damaged: {MANIFEST} cannot be read"
+    for name in sorted(files)[part::parts]:
+        file = folder / name
+        if not file.is_file():
+            return f"is damaged: {name} is gone"
+        if file.stat().st_size != files[name]["bytes"]:
+            return f"is damaged: {name} has {file.stat().st_size} bytes, and had {files[name]['bytes']}"
+        if _checksum(file) != files[name]["blake2b"]:
+            return f"is damaged: {name} does not have its checksum"
+    return None
 
 
 class Checkpoints:
-    """The checkpoints/ folder of a run."""
+    """The checkpoints/ folder of a run; each rank has an object of its own.
 
-    def __init__(self, folder: Path, accelerator: Accelerator, *, keep_last: int):
-        self.folder, self.accelerator, self.keep_last = folder, accelerator, keep_last
+    keep_last: newest checkpoints kept, 0 = all.
+    keep_best: figure of the evaluations by which the best one is kept too; "" = none.
+    """
 
-    def save(self, model: nn.Module, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint aside, then give it its name; every rank must call it.
+    def __init__(self, folder: Path, accelerator: Accelerator, *, keep_last: int, keep_best: str = ""):
+        self.folder, self.accelerator = folder, accelerator
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self._writer: Thread | None = None
+        self._fault: CheckpointError | None = None
+        if accelerator.is_main_process:
+            for left in folder.glob(".step-*"):  # by a run that was killed
+                shutil.rmtree(left)
+        accelerator.wait_for_everyone()
 
-        state: JSON values, `step` among them.
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Begin to write a checkpoint in the background; every rank must call it.
+
+        tensors: this rank's part; nobody may change them any more.
+        state: JSON values, the same on every rank, `step` among them.
         """
-        accelerator = self.accelerator
-        final = self.folder / f"step-{state['step']:06d}"
-        aside = self.folder / f".{final.name}.partial"
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(aside / "engine"))
-        trained = trained_state(accelerator, model)
-        if accelerator.is_main_process:
-            save_file(trained, aside / TRAINED)
-            (aside / STATE).write_text(json.dumps({**state, **self._setting()}, indent=2))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            self._forget_old()
-        accelerator.wait_for_everyone()
-        return final
+        self.finish()
+        self._writer = Thread(target=self._write, args=(dict(tensors), dict(state)), daemon=True)
+        self._writer.start()
 
-    def _setting(self) -> dict[str, Any]:
-        return {
-            "world_size": self.accelerator.num_processes,
-            "engine": str(self.accelerator.distributed_type.value),
-        }
+    def check(self) -> None:
+        """Raise CheckpointError if the last checkpoint could not be written."""
+        if self._fault:
+            raise self._fault
+
+    def finish(self) -> None:
+        """Wait until this rank's part is written (on the main process: the whole); raises CheckpointError."""
+        if self._writer:
+            self._writer.join()
+            self._writer = None
+        self.check()
+
+    def _write(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        rank, name = self.accelerator.process_index, f"step-{state['step']:06d}"
+        aside, final = self.folder / f".{name}", self.folder / name
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            file = aside / f"rank-{rank:05d}.safetensors"
+            save_file(tensors, file)
+            _write_json(aside / f"rank-{rank:05d}.json", {file.name: _seal(file)})
+            if self.accelerator.is_main_process:
+                self._complete(aside, final, state)
+        except (OSError, SafetensorError, CheckpointError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            self._fault = CheckpointError(
+                f"checkpoint '{final}' cannot be written: {error}; the ones before are as they were. "
+                "Make room or give another folder, and start again: the run goes on from the newest one"
+            )
+
+    def _complete(self, aside: Path, final: Path, state: dict[str, Any]) -> None:
+        """On the main process: wait for the other ranks' parts, seal the whole, and give it its name."""
+        _write_json(aside / STATE, state)
+        files = {STATE: _seal(aside / STATE)}
+        for rank in range(self.accelerator.num_processes):
+            part = aside / f"rank-{rank:05d}.json"
+            while not part.exists():
+                if not aside.exists():
+                    raise CheckpointError("another rank could not write its part")
+                time.sleep(_POLL_S)
+            files |= json.loads(part.read_text(encoding="utf-8"))
+            part.unlink()
+        _write_json(aside / MANIFEST, {"files": files})
+        _sync(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _sync(self.folder)
+        self._forget_old()
 
     def _forget_old(self) -> None:
-        if self.keep_last:
-            for old in self.complete()[: -self.keep_last]:
+        found = self.complete()
+        kept = set(found[-self.keep_last :]) | ({best} if (best := self._best(found)) else set())
+        for old in found:
+            if old not in kept:
                 shutil.rmtree(old)
+
+    def _best(self, found: list[Path]) -> Path | None:
+        """The checkpoint whose evaluation was best; the newest of equals."""
+        if not self.keep_best:
+            return None
+        figures = {folder: read_state(folder)["evaluation"].get(self.keep_best) for folder in found}
+        known = [folder for folder in reversed(found) if figures[folder] is not None]
+        pick = min if is_better_low(self.keep_best) else max
+        return pick(known, key=lambda folder: figures[folder], default=None)
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(folder for folder in self.folder.glob("step-*") if (folder / STATE).is_file())
+        return sorted(
+            (folder for folder in self.folder.glob("step-*") if (folder / MANIFEST).is_file()),
+            key=lambda folder: int(folder.name.removeprefix("step-")),
+        )
+
+    def newest(self) -> Path:
+        """The newest complete checkpoint, once it is written; every rank must call it."""
+        self.finish()
+        self.accelerator.wait_for_everyone()
+        return self.complete()[-1]
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint that `run.resume` means, if any."""
+        """The checkpoint that `run.resume` means, checked; every rank must call it.
+
+        Where `auto` finds a damaged one, it says so and takes the one before.
+        """
         if resume == "never":
             return None
-        if resume == "auto":
-            found = self.complete()
-            return found[-1] if found else None
-        folder = Path(resume)
-        if not (folder / STATE).is_file():
-            raise CheckpointError(f"run.resume: '{folder}' is not a complete checkpoint (it has no {STATE})")
-        return folder
+        candidates = self.complete()[::-1] if resume == "auto" else [Path(resume)]
+        for folder in candidates:
+            rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+            fault = next(filter(None, gather_object([damage(folder, part=rank, parts=ranks)])), None)
+            if not fault:
+                return folder
+            if resume != "auto":
+                raise CheckpointError(f"run.resume: '{folder}' {fault}")
+            log.warning("'%s' %s; going on with the one before", folder, fault)
+        if candidates:
+            raise CheckpointError(
+                f"none of the checkpoints in '{self.folder}' can be used; start anew with run.resume=never"
+            )
+        return None
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Put the engine back to where the checkpoint was; returns its state."""
-        state = json.loads((folder / STATE).read_text())
-        for name, now in self._setting().items():
-            if state[name] != now:
-                raise CheckpointError(
-                    f"'{folder}' was written with {name} {state[name]}, and this run has {now}; "
-                    f"resume with {name} {state[name]}, or start anew from its export"
-                )
-        self.accelerator.load_state(str(folder / "engine"))
-        log.info("resumed from %s", folder)
-        return state
+
+def is_better_low(figure: str) -> bool:
+    """Whether less of a figure is better: of losses and error rates."""
+    return any(word in figure for word in ("loss", "wer", "cer"))
+
+
+def _seal(file: Path) -> dict[str, Any]:
+    """Put a file onto the disk, and tell its size and checksum."""
+    _sync(file)
+    return {"bytes": file.stat().st_size, "blake2b": _checksum(file)}
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a file that is whole as soon as it is there."""
+    aside = file.with_suffix(".partial")
+    aside.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+    _sync(aside)
+    aside.rename(file)

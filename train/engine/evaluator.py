@@ -122,12 +122,13 @@ class Evaluator:
         decode = self.records.processor.tokenizer.decode
         for prompts in self._mine(_Prompts(self.records), self.prompts):
             self.bad += prompts.bad
-            answers = model.generate(
-                prompts.batch.to(self.accelerator.device),
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                synced_gpus=self.accelerator.num_processes > 1,
-            )
+            with self.accelerator.autocast():  # as the wrapped model's forward does: masters are float32 beside bf16
+                answers = model.generate(
+                    prompts.batch.to(self.accelerator.device),
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=False,
+                    synced_gpus=self.accelerator.num_processes > 1,
+                )
             for index, ids, reference in zip(prompts.records, answers, prompts.references, strict=False):
                 kind = types.index(self.measured.types[index])
                 counts[0, kind] += decode(ids, skip_special_tokens=True).strip() == reference.strip()

@@ -1,6 +1,7 @@
 """What a run says about itself: the observers of steps and evaluations. They watch, and change nothing."""
 
 import json
+import math
 import resource
 import sys
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ class StepReport:
     step_s: float
     data_wait_s: float
     rates: dict[str, float]
+    not_finite: int = 0
+    """steps so far that were left out, because a loss or gradient was not finite"""
     source_losses: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, float]:
@@ -33,6 +36,7 @@ class StepReport:
             **{f"loss/{name}": value for name, value in self.source_losses.items()},
             "grad_norm": self.grad_norm,
             **{f"lr/{name}": value for name, value in self.rates.items()},
+            "not_finite": self.not_finite,
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
             "tokens_per_s": self.tokens / self.step_s,
@@ -82,7 +86,9 @@ class MetricsFile:
         self._write({"step": step, **values})
 
     def _write(self, values: dict[str, float]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        # JSON has no NaN and no infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def close(self) -> None:

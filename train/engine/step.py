@@ -3,6 +3,7 @@
 loss = Σ weight · cross-entropy / Σ weight, over all supervised tokens of the step on all ranks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from train.engine.optimizer import LearningRates
+from train.engine.stop import StopRequest
 from train.families.family import Medium
 from train.schema import Batch
 
@@ -23,6 +25,9 @@ class StepResult:
     """Sums over all ranks, and the means made of them.
 
     rates: the learning rate of each parameter group, by its label.
+    updated: False where a loss or a gradient was not finite: then the parameters are as they were, on every rank.
+    suspects: the records on this rank whose loss was not finite.
+    stop: whether some rank was asked to stop.
     source_losses: float64 (sources,), NaN for a source that this step had nothing of.
     """
 
@@ -33,12 +38,16 @@ class StepResult:
     supervised_tokens: int
     bad_records: int
     rates: dict[str, float] = field(default_factory=dict)
+    updated: bool = True
+    suspects: list[int] = field(default_factory=list)
+    stop: bool = False
 
 
 class TrainStep:
     """Computes gradients and updates the parameters; every rank must call it with equally many packs.
 
     media: the medium without which a module is idle in a step, by module (see `Family.media`).
+    stop: asked at the end of each step, so that all ranks know of it alike.
     max_grad_norm: global L2 norm that gradients are scaled down to (0 = never); under DeepSpeed its own
     configuration says it.
     """
@@ -53,13 +62,15 @@ class TrainStep:
         media: Mapping[str, Medium],
         sources: int,
         max_grad_norm: float,
+        stop: StopRequest | None = None,
     ):
         self.accelerator, self.model, self.optimizer, self.rates = accelerator, model, optimizer, rates
         self.media, self.sources, self.max_grad_norm = media, sources, max_grad_norm
+        self.stop = stop or StopRequest()
         self._deepspeed = accelerator.distributed_type == "DEEPSPEED"
 
     def __call__(self, step: int, batches: Sequence[Batch], bad_records: int = 0) -> StepResult:
-        """Update number `step`, from 0 on, from this rank's packs; `bad_records` is summed over the ranks."""
+        """Step number `step`, from 0 on, over this rank's packs; `bad_records` is summed over the ranks."""
         counts = self._summed(
             torch.tensor(
                 [
@@ -77,13 +88,17 @@ class TrainStep:
         # DeepSpeed updates in its last backward, so the rates are set before it.
         rates = self.rates.set(self.optimizer, step, self._idle(patches=int(counts[4]), frames=int(counts[5])))
         sums = torch.zeros(2, self.sources, dtype=torch.float64)
+        suspects: list[int] = []
         for index, batch in enumerate(batches):
-            losses = self._forward_backward(batch, weight, is_last=index == len(batches) - 1)
+            losses = self._forward_backward(batch, weight, is_last=index == len(batches) - 1).double().cpu()
+            suspects += _not_finite(losses, batch)
             weights = batch.loss_weights.double()
-            sums[0].index_add_(0, batch.target_sources, losses.double().cpu() * weights)
+            sums[0].index_add_(0, batch.target_sources, losses * weights)
             sums[1].index_add_(0, batch.target_sources, weights)
         grad_norm = self._update()
-        sums = self._summed(sums)
+        updated = math.isfinite(grad_norm)
+        asked = torch.full((1, self.sources), float(self.stop.requested), dtype=torch.float64)
+        sums = self._summed(torch.cat([sums, asked]))
         return StepResult(
             loss=float(sums[0].sum()) / weight if weight else 0.0,
             source_losses=sums[0] / sums[1],
@@ -92,6 +107,9 @@ class TrainStep:
             supervised_tokens=int(counts[2]),
             bad_records=int(counts[3]),
             rates=rates,
+            updated=updated,
+            suspects=suspects,
+            stop=bool(sums[2].any()),
         )
 
     def _idle(self, **used: int) -> set[str]:
@@ -116,14 +134,25 @@ class TrainStep:
         return nullcontext()
 
     def _update(self) -> float:
-        """Clip and step (DeepSpeed did both in its last backward); returns the norm before clipping."""
+        """Clip and step (DeepSpeed did both in its last backward); returns the norm before clipping.
+
+        The norm is that of all ranks' gradients together, so where it is not finite, all ranks leave the step out.
+        """
         if self._deepspeed:
             return float(cast(Any, self.model).get_global_grad_norm())
         limit = self.max_grad_norm or float("inf")
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
+        if torch.isfinite(grad_norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return float(grad_norm)
 
     def _summed(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").cpu()
+
+
+def _not_finite(losses: Tensor, batch: Batch) -> list[int]:
+    """The records of a pack in whose targets' losses (M,) something is not finite."""
+    places = batch.target_positions.cpu()[~losses.isfinite()]
+    samples = torch.searchsorted(batch.cu_seqlens, places, right=True) - 1
+    return [batch.records[sample] for sample in samples.unique().tolist()]

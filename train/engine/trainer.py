@@ -1,29 +1,42 @@
 """The loop: steps of packs, evaluation, checkpoints."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from train.data.loader import Fetched
-from train.engine.checkpoint import Checkpoints
+from train.engine.checkpoint import Checkpoints, read_state, saved_state
 from train.engine.evaluator import Evaluator
 from train.engine.metrics import Observer, StepReport
 from train.engine.quarantine import Quarantine
-from train.engine.step import TrainStep
+from train.engine.state import TrainedState
+from train.engine.step import StepResult, TrainStep
+from train.errors import CheckpointError, TrainingError
+
+log = logging.getLogger(__name__)
+
+_NAMED = 20
+"""Most records that a message names."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimizer steps done, and the next step's place in the plan."""
+    """Where a run stands: optimizer steps done, and the next step's place in the plan.
+
+    updates: the steps that changed the parameters; one that is not finite does not.
+    """
 
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
+    updates: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,8 @@ class Rhythm:
     eval_every: int
     save_every: int
     evaluate_first: bool
+    max_not_finite: int
+    """Steps in a row that may be left out for a loss or gradient that is not finite."""
     one_batch: bool = False
     """Repeat the first step's packs for ever."""
 
@@ -43,12 +58,17 @@ class Trainer:
     """Runs the steps of a plan; every rank runs one of its own, alike.
 
     steps_from: gives this rank's batches from (epoch, step in it) on.
+    plan_digest: what the packs depend on; a checkpoint of another plan would go on at another place.
+    name_of: a record's file and line, by its index.
     observers: empty but on the main process.
     """
 
     accelerator: Accelerator
     train_step: TrainStep
+    trained: TrainedState
     steps_from: Callable[[int, int], Iterable[Fetched]]
+    plan_digest: str
+    name_of: Callable[[int], str]
     source_names: Sequence[str]
     rhythm: Rhythm
     quarantine: Quarantine
@@ -56,33 +76,64 @@ class Trainer:
     evaluator: Evaluator | None
     observers: Sequence[Observer]
     position: Position = field(default_factory=Position)
+    _evaluation: dict[str, float] = field(default_factory=dict)
+    _not_finite: int = 0
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint."""
-        state = self.checkpoints.load(checkpoint)
-        self.position = Position(**{name: state[name] for name in asdict(self.position)})
+        """Go on from a checkpoint, of this engine and number of ranks or of others."""
+        state = read_state(checkpoint)
+        if state["plan"] != self.plan_digest:
+            raise CheckpointError(
+                f"'{checkpoint}' was made with other data, or with another data.*, run.seed or run.packs_per_step, so "
+                "its place in the order of records is not known; put them back, or start anew in another run.dir "
+                "from the run's export"
+            )
+        with saved_state(checkpoint) as saved:
+            self.trained.load(saved, state["parameters"], state["position"]["updates"])
+        self.quarantine.restore(state["quarantine"])
+        self.position = Position(**state["position"])
+        log.info("resumed from %s", checkpoint)
 
-    def fit(self) -> None:
-        """Train to the end of the plan, evaluating and saving on the way."""
+    def fit(self) -> bool:
+        """Train to the end of the plan, evaluating and saving on the way; False if it was asked to stop before."""
         self.train_step.model.train()
         steps = self._fetch()  # the workers start now, and decode while the model is evaluated
         if self.position.step == 0 and self.rhythm.evaluate_first:
             self.evaluate()
+        stopped = False
         for fetched, wait_s in steps:
-            self._train_on(fetched, wait_s)
+            stopped = self._train_on(fetched, wait_s)
             step, last = self.position.step, self.position.step == self.rhythm.total_steps
-            if last or _is_due(step, self.rhythm.eval_every):
+            if last or (_is_due(step, self.rhythm.eval_every) and not stopped):
                 self.evaluate()
-            if last or _is_due(step, self.rhythm.save_every):
-                self.checkpoints.save(self.train_step.model, asdict(self.position))
+            if last or stopped or _is_due(step, self.rhythm.save_every):
+                self.save()
+            if stopped:
+                break
         for observer in self.observers:
             observer.close()
+        self.checkpoints.newest()  # wait until it is written
+        return not stopped or self.position.step == self.rhythm.total_steps
+
+    def save(self) -> None:
+        """Begin a checkpoint; training goes on while it is written."""
+        state: dict[str, Any] = {
+            "step": self.position.step,
+            "position": asdict(self.position),
+            "plan": self.plan_digest,
+            "parameters": self.trained.shapes(),
+            "quarantine": self.quarantine.state(),
+            "evaluation": self._evaluation,
+            "world_size": self.accelerator.num_processes,
+        }
+        self.checkpoints.save(self.trained.tensors(), state)
 
     def evaluate(self) -> None:
         """Evaluate now, and tell the observers."""
         if self.evaluator is None:
             return
         values, bad = self.evaluator.evaluate(self.train_step.model)
+        self._evaluation = values
         self.quarantine.add(gather_object(bad))
         for observer in self.observers:
             observer.on_evaluation(self.position.step, values)
@@ -97,10 +148,18 @@ class Trainer:
             steps = repeat(next(steps))
         return (_timed(steps) for _ in range(todo))
 
-    def _train_on(self, fetched: Fetched, wait_s: float) -> None:
+    def _train_on(self, fetched: Fetched, wait_s: float) -> bool:
+        """One step; returns whether some rank was asked to stop."""
         began = time.perf_counter()
+        self.checkpoints.check()
         result = self.train_step(self.position.step, fetched.batches, bad_records=len(fetched.bad))
-        self.position = Position(self.position.step + 1, fetched.epoch, fetched.step_in_epoch + 1)
+        self.position = Position(
+            step=self.position.step + 1,
+            epoch=fetched.epoch,
+            step_in_epoch=fetched.step_in_epoch + 1,
+            updates=self.position.updates + result.updated,
+        )
+        self._evaluation = {}
         if result.bad_records:
             self.quarantine.add(gather_object(fetched.bad))
         losses = zip(self.source_names, result.source_losses.tolist(), strict=True)
@@ -113,10 +172,32 @@ class Trainer:
             step_s=time.perf_counter() - began + wait_s,
             data_wait_s=wait_s,
             rates=result.rates,
+            not_finite=self.position.step - self.position.updates,
             source_losses={name: loss for name, loss in losses if loss == loss},
         )
         for observer in self.observers:
             observer.on_step(report)
+        self._count_not_finite(result, fetched)
+        return result.stop
+
+    def _count_not_finite(self, result: StepResult, fetched: Fetched) -> None:
+        """Name the records of a step that was left out; end the run after too many such steps in a row."""
+        if result.updated:
+            self._not_finite = 0
+            return
+        self._not_finite += 1
+        suspects = gather_object(result.suspects)
+        what = "the loss of" if suspects else "the gradient, though not the loss, of"
+        records = suspects or gather_object([record for batch in fetched.batches for record in batch.records])
+        names = ", ".join(self.name_of(record) for record in records[:_NAMED])
+        more = f" and {len(records) - _NAMED} more" if len(records) > _NAMED else ""
+        log.warning("step %d left out: %s %s%s is not finite", self.position.step, what, names, more)
+        if self._not_finite > self.rhythm.max_not_finite:
+            raise TrainingError(
+                f"{self._not_finite} steps in a row had a loss or gradient that is not finite, more than "
+                f"run.max_not_finite allows; the last one with {names}{more}. Lower the learning rate, or look at "
+                "these records; the run goes on from its newest checkpoint"
+            )
 
 
 def _timed(steps: Iterator[Fetched]) -> tuple[Fetched, float]:

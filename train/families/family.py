@@ -1,6 +1,7 @@
 """What the rest of the project needs to know of a model family."""
 
 import json
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -75,9 +76,10 @@ class Family:
 
 
 def quieten_transformers() -> None:
-    """Let transformers speak of errors alone: no advice, no bars for loading and saving."""
+    """Let transformers speak of errors alone: no advice, no bars for loading and saving; bitsandbytes likewise."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel package that it does without
 
 
 def _resolve(name: str) -> Any:

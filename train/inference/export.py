@@ -27,7 +27,9 @@ def export(
     trained: float32 values by parameter name, adapters among them.
     fully_tuned: modules that were tuned in full beside the adapters; they go with the adapter.
 
-    Weights keep the dtype they have in `base`, and side files are copied.
+    Weights keep the dtype they have in `base`, and side files are copied. A QLoRA adapter is merged onto these weights
+    too, as other tools merge and load it, and not onto the 4-bit ones it learned beside: the export has the adapter's
+    work and none of the rounding.
     """
     family = find(base)
     model = family.load_model(base)

@@ -11,13 +11,16 @@ import signal
 import socket
 import struct
 import sys
+from contextlib import suppress
+from types import FrameType
 
+import psutil
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
-from train.launcher.failure import first_failure
+from train.launcher.failure import STOPPED, first_failure
 from train.launcher.machines import MachineGone, Machines
 
 _SIOCGIFADDR = 0x8915
@@ -26,6 +29,9 @@ _SIOCGIFADDR = 0x8915
 def main(words: list[str]) -> None:
     """Start the ranks of this machine, and end with their exit code and the failure that counts."""
     arguments = parse_args(words)
+    arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # torch would end the ranks 30 s after these
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _pass_on)
     logging.disable(logging.ERROR)  # the agent's account of a failure; ours stands at the end
     # Ranks that were ended leave semaphores; Python's resource tracker removes them, and says so at the very end.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
@@ -43,7 +49,7 @@ def main(words: list[str]) -> None:
     except MachineGone as gone:
         code, failure = 1, str(gone)
     if code:
-        print(failure, file=sys.stderr, flush=True)
+        print(failure, end="\n" if failure else "", file=sys.stderr, flush=True)
         os._exit(code)  # a thread that waits for a machine that is gone would not let Python end in order
 
 
@@ -52,6 +58,8 @@ def _run(arguments: argparse.Namespace, machines: Machines) -> tuple[int, str]:
     try:
         run(arguments)
     except ChildFailedError as error:
+        if any(failure.exitcode == STOPPED for failure in error.failures.values()):
+            return STOPPED, ""
         failure = first_failure(error.failures, name_host=machines.count > 1)
         if failure.lost_peer:
             machines.wait_for_news()
@@ -68,6 +76,13 @@ def _run(arguments: argparse.Namespace, machines: Machines) -> tuple[int, str]:
             f"{machines.address}:{machines.port} must be machine 0 and be open to the others"
         )
     return 0, ""
+
+
+def _pass_on(number: int, _: FrameType | None) -> None:
+    """Let the ranks decide: they save before they end."""
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            child.send_signal(number)
 
 
 def interface_to(address: str) -> str | None:

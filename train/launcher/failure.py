@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+STOPPED = 75
+"""Exit code of a run that saved and stopped because it was asked to (EX_TEMPFAIL): start it again, and it goes on."""
+
 _FILE = "TORCHELASTIC_ERROR_FILE"
 
 

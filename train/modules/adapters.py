@@ -1,11 +1,13 @@
-"""LoRA through peft: adapters onto our modules, into and out of a folder, merged."""
+"""LoRA through peft: adapters onto our modules, into and out of a folder, merged; QLoRA's 4-bit weights."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from train.errors import OmniTuneError
@@ -14,12 +16,15 @@ from train.modules.trainable import Rules, canonical_name, module_of
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """How adapters are built. `targets` are linear layers by module, as the ends of their names."""
+    """How adapters are built: `targets` are linear layers by module, as the ends of their names; the rest is peft's."""
 
     targets: Mapping[str, Sequence[str]]
     rank: int
     alpha: float
     dropout: float
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
 
 
 def add_adapters(
@@ -39,9 +44,46 @@ def add_adapters(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a number; peft divides it by the rank
         lora_dropout=settings.dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]  # checks.py admits what peft knows
         modules_to_save=[root for module in fully_tuned for root in _roots(model, rules, module)] or None,
     )
-    return get_peft_model(model, config)
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def quantize_linear_layers(
+    model: Any, rules: Rules, module: str, *, compute_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Keep the linear layers of `module` in 4 bits: NF4, blocks of 64 weights, scales quantised again (QLoRA).
+
+    The head stays as it is, since the loss takes its weight, and so does all that is no linear layer.
+
+    Args:
+        compute_dtype: what the products run in; weights are expanded to it, layer by layer.
+        device: where the weights are quantised, and stay.
+    """
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and layer is not head and module_of(f"{name}.weight", rules) == module:
+            with gather_params_ctx(layer.weight):  # whole under ZeRO-3 too, which shards the packed ones again
+                model.set_submodule(name, _quantized(layer, compute_dtype, device))
+    model.is_loaded_in_4bit = True  # peft goes by it
+
+
+def _quantized(layer: nn.Linear, compute_dtype: torch.dtype, device: torch.device) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    quantized = Linear4bit(
+        layer.in_features, layer.out_features, layer.bias is not None, compute_dtype, quant_type="nf4", device="meta"
+    )
+    packed = Params4bit(layer.weight.data, quant_type="nf4", module=quantized)
+    quantized.weight = packed.to(device)  # type: ignore[misc]  # its declaration of `to` fits no parameter
+    quantized.bias = layer.bias
+    # On a CPU with AVX512-BF16, bitsandbytes would repack the weights in the first forward in eval mode: their scales
+    # rounded to bfloat16, products in bfloat16, and no gradient through the layer any more.
+    quantized.support_avx512bf16_for_cpu = False
+    return quantized
 
 
 def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -35,6 +35,13 @@ class Flops:
         return self.token * tokens + self.token_squared * tokens**2 + self.patch * patches + self.frame * frames
 
 
+def size_of(parameter: nn.Parameter) -> int:
+    """Values of a parameter as the layer sees it: whole under ZeRO-3, unpacked where 4-bit values share a byte."""
+    if state := getattr(parameter, "quant_state", None):
+        return state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def megrezo_flops(model: nn.Module, config: Any, tuned: Collection[str]) -> Flops:
     """The work of a Megrez-3B-Omni.
 
@@ -79,7 +86,7 @@ def _passes(tuned: Collection[str]) -> Mapping[str, int]:
 
 
 def _parameters(module: nn.Module) -> int:
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+    return sum(map(size_of, module.parameters()))
 
 
 def _submodule(model: nn.Module, end: str) -> nn.Module:

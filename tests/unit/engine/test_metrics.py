@@ -33,12 +33,20 @@ def test_a_line_a_step(tmp_path: Path) -> None:
         "loss/captions": 2.0,
         "grad_norm": 0.5,
         "lr/llm": 1e-3,
+        "not_finite": 0,
         "tokens": 100,
         "supervised_tokens": 10,
         "tokens_per_s": 200.0,
         "time/step_s": 0.5,
         "time/data_wait_s": 0.1,
     }
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics.on_evaluation(1, {"eval/loss": float("nan"), "eval/other": float("inf")})
+    metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "eval/loss": null, "eval/other": null}\n'
 
 
 def test_resuming_forgets_the_steps_that_are_run_again(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""A run that was stopped goes on: bit for bit at the same world size, within rounding under any other engine."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import losses, metrics, succeed, write_records, write_small_model
+from train.engine.checkpoint import read_state, saved_state
+from train.engine.state import MASTER, MOMENTS
+
+pytestmark = pytest.mark.end_to_end
+
+STEPS, STOP = 8, 4
+
+
+def words(folder: Path, out: str = "run") -> list[str]:
+    """Three packs a step, which two ranks cannot share evenly, over more than one epoch."""
+    if not (folder / "model").exists():
+        write_small_model(folder)
+    return [
+        *write_records(folder, train=48),
+        *(f"model.random_from={folder / 'model'}", f"run.dir={folder / out}", "data.eval=[]", "tracker=none"),
+        *(f"run.max_steps={STEPS}", "run.epochs=9", "run.packs_per_step=3", "data.max_tokens=256", "data.workers=1"),
+        *("optim.eps=1e-6", "optim.warmup_ratio=0.3", "run.save_every=2", "run.keep_last=0", "run.threads=1"),
+    ]
+
+
+def go_back(run: Path, step: int) -> Path:
+    """Leave of a run what a kill right after the checkpoint of `step` would have left."""
+    for folder in (run / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    shutil.rmtree(run / "export", ignore_errors=True)
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "more"),
+    [
+        ("none", 1, ["run.precision=bf16"]),
+        ("ddp", 2, ["lora=lora", "lora.modules=[llm]", "lora.dropout=0.2"]),
+        ("zero2", 2, ["run.precision=bf16"]),
+        ("zero3", 2, ["lora=lora", "lora.modules=[llm]", "lora.dropout=0.2", "run.precision=bf16"]),
+        ("zero3_offload", 2, []),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_resumed_losses_are_the_uninterrupted_runs_bit_for_bit(
+    engine: str, processes: int, more: list[str], tmp_path: Path
+) -> None:
+    command = [*words(tmp_path), f"engine={engine}", *more]
+    succeed(command, processes=processes)
+    run = tmp_path / "run"
+    straight = metrics(run)
+    go_back(run, STOP)
+    succeed(command, processes=processes)
+    resumed = metrics(run)
+    for name in ("step", "loss", "grad_norm", "tokens"):
+        assert [line[name] for line in resumed] == [line[name] for line in straight]
+    assert len(resumed) == STEPS
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run alone, and the same as far as STOP on two ranks under two engines."""
+    folder = tmp_path_factory.mktemp("elastic")
+    succeed([*words(folder, "alone"), "engine=none"])
+    for engine in ("zero2", "zero3"):
+        succeed([*words(folder, engine), f"engine={engine}"], processes=2)
+        go_back(folder / engine, STOP)
+    return {name: folder / name for name in ("alone", "zero2", "zero3")}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "processes"),
+    [("zero2", "none", 1), ("zero2", "zero3", 3), ("zero3", "ddp", 2), ("zero3", "zero2", 3), ("zero2", "zero1", 1)],
+)
+def test_another_engine_and_world_size_go_on_with_the_same_state(
+    first: str, then: str, processes: int, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = runs["alone"].parent
+    run = tmp_path / "run"
+    shutil.copytree(runs[first], run)
+    command = [*words(folder, first)[:-1], f"run.dir={run}", "run.threads=1", f"engine={then}"]
+    saved = run / "checkpoints" / f"step-{STOP:06d}"
+
+    succeed(command, processes=processes, script="tests/end_to_end/state_of.py")
+    again = run / "again" / saved.name
+    shapes = read_state(saved)["parameters"]
+    assert read_state(again)["parameters"] == shapes
+    with saved_state(saved) as before, saved_state(again) as after:
+        for name, shape in shapes.items():
+            for kind in (MASTER, *MOMENTS):
+                size = torch.Size(shape).numel()
+                values = [state.read(kind, name, 0, size) for state in (before, after)]
+                assert values[0].equal(values[1]), (kind, name)
+                assert kind == MASTER or values[0].any(), (kind, name)
+    settings = json.loads((run / "again" / "settings.json").read_text())
+    assert settings["updates"] == [STOP]
+    assert {group["weight_decay"] for group in settings["groups"]} == {0.0, 0.1}
+    fifth = metrics(runs["alone"])[STOP]
+    for group in settings["groups"]:
+        assert group["lr"] > 0
+        assert group["lr"] == pytest.approx(fifth[f"lr/{group['label']}"])
+
+    succeed(command, processes=processes)
+    assert len(losses(run)) == STEPS
+    assert losses(run) == pytest.approx(losses(runs["alone"]), abs=1e-4)

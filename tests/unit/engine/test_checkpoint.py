@@ -1,0 +1,144 @@
+"""The folder of checkpoints: whole or not there, checked, and as many as were asked for."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from tests.runs import forget_accelerator
+from train.engine.checkpoint import MANIFEST, Checkpoints, damage, read_state, trained_weights
+from train.engine.state import SavedState
+from train.errors import CheckpointError
+
+PARAMETERS = {"a.weight": [2, 3], "b": [4]}
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    forget_accelerator()
+    yield Accelerator(cpu=True)
+    forget_accelerator()
+
+
+def save(checkpoints: Checkpoints, step: int, evaluation: dict[str, float] | None = None) -> None:
+    tensors = {"master/a.weight/0": torch.arange(6.0) + step, "master/b/0": torch.ones(4)}
+    checkpoints.save(tensors, {"step": step, "parameters": PARAMETERS, "evaluation": evaluation or {}})
+    checkpoints.finish()
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return [folder.name for folder in checkpoints.complete()]
+
+
+def test_what_is_saved_is_read(tmp_path: Path, accelerator: Accelerator) -> None:
+    checkpoints = Checkpoints(tmp_path, accelerator, keep_last=2)
+    save(checkpoints, 7)
+    folder = checkpoints.newest()
+    assert folder == tmp_path / "step-000007"
+    assert sorted(file.name for file in folder.iterdir()) == [MANIFEST, "rank-00000.safetensors", "state.json"]
+    assert read_state(folder)["step"] == 7
+    assert trained_weights(folder)["a.weight"].tolist() == [[7, 8, 9], [10, 11, 12]]
+
+
+def test_fragments_of_several_files_are_put_together(tmp_path: Path) -> None:
+    save_file({"master/w/0": torch.tensor([0.0, 1, 2])}, tmp_path / "rank-00000.safetensors")
+    save_file({"master/w/3": torch.tensor([3.0, 4])}, tmp_path / "rank-00001.safetensors")
+    with SavedState(sorted(tmp_path.glob("*.safetensors"))) as saved:
+        assert saved.read("master", "w", 0, 5).tolist() == [0, 1, 2, 3, 4]
+        assert saved.read("master", "w", 2, 2).tolist() == [2, 3]
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path: Path, accelerator: Accelerator) -> None:
+    checkpoints = Checkpoints(tmp_path, accelerator, keep_last=1, keep_best="eval/loss")
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)):
+        save(checkpoints, step, {"eval/loss": loss})
+    assert names(checkpoints) == ["step-000002", "step-000004"]
+    checkpoints = Checkpoints(tmp_path / "other", accelerator, keep_last=1, keep_best="eval/exact_match")
+    for step, share in ((1, 0.9), (2, 0.1), (3, 0.2)):
+        save(checkpoints, step, {"eval/exact_match": share})
+    assert names(checkpoints) == ["step-000001", "step-000003"]
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path, accelerator: Accelerator) -> None:
+    checkpoints = Checkpoints(tmp_path, accelerator, keep_last=0)
+    for step in (999_999, 1_000_000, 5):
+        save(checkpoints, step)
+    assert names(checkpoints) == ["step-000005", "step-999999", "step-1000000"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "rank-00000.safetensors has 183 bytes, and had 184"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"), "does not have its checksum"),
+        (lambda file: file.unlink(), "rank-00000.safetensors is gone"),
+        (lambda file: (file.parent / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_one_is_named_and_the_one_before_is_used(
+    harm, said: str, tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path, accelerator, keep_last=0)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    harm(tmp_path / "step-000002" / "rank-00000.safetensors")
+    assert said in str(damage(tmp_path / "step-000002"))
+    assert checkpoints.find("auto") == tmp_path / "step-000001"
+    assert "step-000002" in caplog.text
+    assert said in caplog.text
+    with pytest.raises(CheckpointError, match="step-000002"):
+        checkpoints.find(str(tmp_path / "step-000002"))
+    with pytest.raises(CheckpointError, match="step-000002"):
+        trained_weights(tmp_path / "step-000002")
+
+
+def test_all_damaged_is_an_error_and_none_is_a_fresh_start(tmp_path: Path, accelerator: Accelerator) -> None:
+    checkpoints = Checkpoints(tmp_path, accelerator, keep_last=0)
+    assert checkpoints.find("auto") is None
+    save(checkpoints, 1)
+    (tmp_path / "step-000001" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"run\.resume=never"):
+        checkpoints.find("auto")
+    assert checkpoints.find("never") is None
+
+
+def test_what_was_not_finished_is_not_there_and_is_removed(tmp_path: Path, accelerator: Accelerator) -> None:
+    half = tmp_path / ".step-000003"
+    half.mkdir()
+    (half / "rank-00000.safetensors").write_bytes(b"half")
+    (tmp_path / "step-000002").mkdir()
+    checkpoints = Checkpoints(tmp_path, accelerator, keep_last=0)
+    assert not half.exists()
+    assert names(checkpoints) == []
+
+
+def test_what_cannot_be_written_is_said_at_the_next_step(tmp_path: Path, accelerator: Accelerator) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", accelerator, keep_last=0)
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save(checkpoints, 1)
+    with pytest.raises(CheckpointError, match="the ones before are as they were"):
+        checkpoints.check()
+
+
+def test_another_ranks_failure_ends_the_wait(tmp_path: Path) -> None:
+    first_of_two = SimpleNamespace(
+        process_index=0, num_processes=2, is_main_process=True, wait_for_everyone=lambda: None
+    )
+    checkpoints = Checkpoints(tmp_path, cast(Accelerator, first_of_two), keep_last=0)
+    checkpoints.save({"master/b/0": torch.ones(4)}, {"step": 1, "parameters": {}, "evaluation": {}})
+    aside = tmp_path / ".step-000001"
+    while not (aside / "state.json").exists():
+        time.sleep(0.01)
+    for file in aside.iterdir():
+        file.unlink()
+    aside.rmdir()  # what the other rank does where it fails
+    with pytest.raises(CheckpointError, match="another rank could not write its part"):
+        checkpoints.finish()
+    assert names(checkpoints) == []

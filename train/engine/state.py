@@ -1,0 +1,270 @@
+"""The trained state by parameter name: what each rank holds of it under any engine, and how it goes back.
+
+A rank's part is made of fragments: stretches of flattened parameters, float32, under keys "<kind>/<name>/<start>".
+The ranks' parts together hold each parameter's master and both Adam moments once, whatever the engine and the number
+of ranks were, so any other engine on any number of ranks can read from them what it needs. Writing takes no
+communication.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from train.errors import CheckpointError
+from train.modules.trainable import canonical_name
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+RANDOM = "random"
+"""Kind of the random generators' states, by device and rank; a rank that has none keeps its fresh one."""
+
+
+class SavedState:
+    """The fragments in the files of a checkpoint, read where they are asked for."""
+
+    def __init__(self, files: list[Path]):
+        self._open = ExitStack()
+        self._fragments: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        for file in files:
+            held = self._open.enter_context(safe_open(file, "pt"))
+            for key in held.keys():  # noqa: SIM118  (not a mapping)
+                kind, name, start = key.split("/")
+                size = held.get_slice(key).get_shape()[0]
+                self._fragments.setdefault((kind, name), []).append((int(start), size, held, key))
+
+    def __enter__(self) -> "SavedState":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def read(self, kind: str, name: str, start: int, size: int) -> Tensor:
+        """Float32 (size,): a stretch of a flattened parameter, put together of the fragments that hold it."""
+        values = torch.empty(size)
+        for first, count, held, key in self._fragments[kind, name]:
+            low, high = max(first, start), min(first + count, start + size)
+            if low < high:
+                values[low - start : high - start] = held.get_slice(key)[low - first : high - first]
+        return values
+
+    def generator(self, device: str, rank: int) -> Tensor | None:
+        """The state of a rank's random generator on `device`, if it was saved."""
+        found = self._fragments.get((RANDOM, device), ())
+        return next((held.get_tensor(key) for at, _, held, key in found if at == rank), None)
+
+
+class TrainedState(ABC):
+    """The parameters that learn, of a model as the engine wrapped it, and their optimizer state.
+
+    Every rank must call `load` alike; `tensors` takes no other rank.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any):
+        self.accelerator, self.optimizer = accelerator, optimizer
+        self.engine: Any = model
+        self.parameters = {
+            canonical_name(name): parameter
+            for name, parameter in accelerator.unwrap_model(model).named_parameters()
+            if parameter.requires_grad
+        }
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of each parameter, by name."""
+        return {
+            name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in self.parameters.items()
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of this rank's part on the CPU, by key."""
+        rank = self.accelerator.process_index
+        copied = {
+            f"{kind}/{name}/{start}": values.to("cpu", torch.float32, copy=True)
+            for name, kind, start, values in self._held()
+        }
+        copied[f"{RANDOM}/cpu/{rank}"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            copied[f"{RANDOM}/cuda/{rank}"] = torch.cuda.get_rng_state()
+        return copied
+
+    def load(self, saved: SavedState, shapes: Mapping[str, list[int]], updates: int) -> None:
+        """Go back to a saved state.
+
+        shapes: those of the saved parameters; they must be this run's.
+        updates: optimizer updates that were made, by which Adam corrects its moments' bias.
+        """
+        mine = self.shapes()
+        if mine != shapes:
+            different = sorted(name for name in mine.keys() | shapes.keys() if mine.get(name) != shapes.get(name))
+            raise CheckpointError(
+                f"the checkpoint holds other trained parameters than this run has: {len(different)} differ, "
+                f"'{different[0]}' among them; resume with the same model, modules.* and lora.*"
+            )
+        if updates:
+            self._prepare_moments(updates)
+        with torch.no_grad():
+            self._load(saved, (MASTER, *MOMENTS) if updates else (MASTER,))
+        self._load_generators(saved)
+
+    def _load_generators(self, saved: SavedState) -> None:
+        rank = self.accelerator.process_index
+        if (state := saved.generator("cpu", rank)) is not None:
+            torch.set_rng_state(state)
+        if torch.cuda.is_available() and (state := saved.generator("cuda", rank)) is not None:
+            torch.cuda.set_rng_state(state)
+
+    @abstractmethod
+    def _held(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        """(name, kind, start, flat values) of the fragments that this rank writes."""
+
+    @abstractmethod
+    def _prepare_moments(self, updates: int) -> None:
+        """Make room for moments in a new optimizer, and set its count of updates."""
+
+    @abstractmethod
+    def _load(self, saved: SavedState, kinds: tuple[str, ...]) -> None:
+        """Put masters and moments in their places, and what the model computes with."""
+
+
+class WholeState(TrainedState):
+    """Every rank holds everything (one process, DDP); each writes every `world size`-th parameter."""
+
+    def _held(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        state = self.optimizer.state
+        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        for name, parameter in list(self.parameters.items())[share]:
+            yield name, MASTER, 0, parameter.detach().flatten()
+            for kind in MOMENTS:
+                if kind in state.get(parameter, ()):
+                    yield name, kind, 0, state[parameter][kind].flatten()
+
+    def _prepare_moments(self, updates: int) -> None:
+        _prepare_moments(self.optimizer.optimizer, self.parameters.values(), updates)
+
+    def _load(self, saved: SavedState, kinds: tuple[str, ...]) -> None:
+        for name, parameter in self.parameters.items():
+            for kind in kinds:
+                target = parameter if kind == MASTER else self.optimizer.state[parameter][kind]
+                target.copy_(saved.read(kind, name, 0, parameter.numel()).view_as(target))
+
+
+class LinkedState(TrainedState):
+    """ZeRO-1 and 2: each rank holds a stretch of a flat vector of masters, which may begin and end in a parameter."""
+
+    @property
+    def _zero(self) -> Any:
+        return self.engine.optimizer
+
+    def _link(self) -> None:
+        # DeepSpeed links the moments after the first group's first update, when the other groups have none yet.
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _fragments(self) -> Iterator[tuple[str, nn.Parameter, Any]]:
+        for name, parameter in self.parameters.items():
+            if parameter._hp_mapping is not None:
+                yield name, parameter, parameter._hp_mapping
+
+    def _held(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        self._link()
+        for name, _, mapping in self._fragments():
+            start = mapping.lp_fragment_address.start
+            yield name, MASTER, start, mapping.get_hp_fragment()
+            for kind in MOMENTS:
+                if kind in mapping.get_optim_state_keys():
+                    yield name, kind, start, mapping.get_hp_fragment(kind)
+
+    def _prepare_moments(self, updates: int) -> None:
+        _prepare_moments(self._zero.optimizer, self._zero.single_partition_of_fp32_groups, updates)
+        self._link()
+
+    def _load(self, saved: SavedState, kinds: tuple[str, ...]) -> None:
+        for name, _, mapping in self._fragments():
+            start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            for kind in kinds:
+                target = mapping.get_hp_fragment(None if kind == MASTER else kind)
+                target.copy_(saved.read(kind, name, start, size))
+        for name, parameter in self.parameters.items():  # what the model computes with is whole on every rank
+            parameter.data.copy_(saved.read(MASTER, name, 0, parameter.numel()).view_as(parameter))
+
+
+class ShardedState(TrainedState):
+    """ZeRO-3: each rank holds the same stretch of every parameter, the last one filled up with zeros."""
+
+    def _extent(self, parameter: Any) -> tuple[int, int]:
+        """Where this rank's stretch of the parameter begins, and its size without the filling."""
+        size = parameter.ds_tensor.numel()
+        start = min(size * self.accelerator.process_index, parameter.ds_numel)
+        return start, min(size, parameter.ds_numel - start)
+
+    def _held(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        zero = self.engine.optimizer
+        flat = zero.fp32_partitioned_groups_flat
+        has_moments = bool(flat) and set(MOMENTS) <= set(zero.optimizer.state.get(flat[0], ()))
+        for name, parameter in self.parameters.items():
+            start, size = self._extent(parameter)
+            if not size:
+                continue
+            yield name, MASTER, start, safe_get_local_fp32_param(parameter)[:size]
+            for kind in MOMENTS if has_moments else ():
+                yield name, kind, start, safe_get_local_optimizer_state(parameter, kind)[:size]
+
+    def _prepare_moments(self, updates: int) -> None:
+        zero = self.engine.optimizer
+        _prepare_moments(zero.optimizer, zero.fp32_partitioned_groups_flat, updates)
+
+    def _load(self, saved: SavedState, kinds: tuple[str, ...]) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        for name, parameter in self.parameters.items():
+            start, size = self._extent(parameter)
+            for kind in kinds:
+                values = torch.zeros(parameter.ds_tensor.numel())
+                values[:size] = saved.read(kind, name, start, size)
+                if kind == MASTER:
+                    safe_set_local_fp32_param(parameter, values)
+                else:
+                    safe_set_local_optimizer_state(parameter, values, kind)
+            with GatheredParameters([parameter], modifier_rank=0):
+                if self.accelerator.is_main_process:
+                    parameter.data.copy_(saved.read(MASTER, name, 0, parameter.numel()).view_as(parameter))
+
+
+def trained_state(accelerator: Accelerator, model: nn.Module, optimizer: Any, zero_stage: int) -> TrainedState:
+    """The trained state under the engine that wrapped `model`."""
+    kind = {0: WholeState, 3: ShardedState}.get(zero_stage, LinkedState)
+    return kind(accelerator, model, optimizer)
+
+
+def _prepare_moments(optimizer: Any, parameters: Iterable[Tensor], updates: int) -> None:
+    """Give parameters that were never updated the state of Adam, with moments to be filled in."""
+    in_torch = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's CPU Adam counts in a plain number
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        state["step"] = torch.tensor(float(updates), device=parameter.device) if in_torch else updates
+        for kind in MOMENTS:
+            state[kind] = torch.zeros_like(parameter)
+    if not in_torch:
+        _advance_cpu_adam(optimizer, updates)
+
+
+def _advance_cpu_adam(optimizer: Any, updates: int) -> None:
+    """Bring the powers of the betas to where that many updates left them.
+
+    DeepSpeed's CPU Adam multiplies them step by step; started at a later step it would compute them anew, which
+    rounds differently.
+    """
+    nothing = [torch.zeros(1) for _ in range(4)]
+    (beta1, beta2), eps = optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["eps"]
+    for step in range(1, updates + 1):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, eps, 0.0, True, *nothing)
