@@ -2,12 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -116,7 +116,9 @@ SRUN = """#!/usr/bin/env bash
 # Two tasks on this machine, as srun starts one on each.
 shift
 SLURM_PROCID=0 "$@" & first=$!
-SLURM_PROCID=1 "$@" && wait $first
+SLURM_PROCID=1 "$@" & second=$!
+wait $first; code=$?
+wait $second; exit $((code > $? ? code : $?))
 """
 SCONTROL = """#!/usr/bin/env bash
 case "$1" in
@@ -150,15 +152,20 @@ def test_a_slurm_job_trains_on_all_its_machines(words: list[str], slurm: dict[st
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
 
 
-def test_a_slurm_job_that_has_to_go_is_queued_again(slurm: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "srun").write_text("#!/usr/bin/env bash\ntouch $SCONTROL_LOG\nexec sleep 60\n")
+def test_a_slurm_job_that_has_to_go_saves_and_is_queued_again(
+    words: list[str], slurm: dict[str, str], tmp_path: Path
+) -> None:
+    longer = [*words, "run.max_steps=100000", "run.epochs=100000", "run.save_every=0"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
     environment = clean_environment() | slurm
-    with subprocess.Popen(["bash", "recipes/slurm.sbatch"], cwd=ROOT, env=environment, start_new_session=True) as job:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "scontrol.log").exists():
+    with subprocess.Popen(["bash", "recipes/slurm.sbatch", *longer], cwd=ROOT, env=environment) as job:
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or metrics.read_text().count("loss") < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        job.terminate()
-        assert job.wait(30) == 0
-        os.killpg(job.pid, signal.SIGKILL)
+        [srun] = psutil.Process(job.pid).children()
+        for task in srun.children():  # as Slurm signals the processes of a job's steps, and not its script
+            task.terminate()
+        assert job.wait(120) == 75
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {os.getpid()}\n"
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))

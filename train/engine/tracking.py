@@ -2,6 +2,7 @@
 
 import logging
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class WandbTracker:
             "tags": options.tags,
             "name": name,
             "dir": str(folder),
+            "id": _run_id(folder / "wandb_id"),
+            "resume": "allow",
             "config": config,
         }
         try:
@@ -53,6 +56,13 @@ class WandbTracker:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+def _run_id(file: Path) -> str:
+    """W&B's name for the run in this folder, so that a resumed run is the same run there."""
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:8])
+    return file.read_text()
 
 
 def _has_key() -> bool:
