@@ -41,7 +41,7 @@ def place_of(plan: StepPlan, step: int) -> tuple[int, int]:
 
 
 def finding(records: int) -> list[dict[str, Any]]:
-    """Seconds from a checkpoint's place to the step's packs (of drawn records), and to a decoded batch (of the sample)."""
+    """Seconds from a checkpoint's place to its packs (of drawn records), and to a decoded batch (of the sample)."""
     options = DataOptions()
     limits = Limits(options.max_tokens, options.max_patches, options.max_frames)
     drawn = Measured(draw(records).lengths(), ["drawn"] * records, np.array([records]))

@@ -1,10 +1,11 @@
-"""train/main.py, but one rank fails in its second step, as FAILURE says: fault, error, or kill; on rank 1."""
+"""train/main.py, but rank 1 fails as FAILURE says: by a fault, an error or SIGKILL in its second step, or in a save."""
 
 import os
 import runpy
 import signal
 from typing import Any
 
+from train.engine import checkpoint
 from train.engine.step import TrainStep
 from train.errors import OmniTuneError
 
@@ -15,13 +16,19 @@ _calls = 0
 def _failing(self: TrainStep, *args: Any, **kwargs: Any) -> Any:
     global _calls
     _calls += 1
-    if _calls == 2 and os.environ["RANK"] == "1":
+    if _calls == 2 and os.environ["RANK"] == "1" and os.environ["FAILURE"] != "save":
         if os.environ["FAILURE"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise {"fault": OmniTuneError, "error": KeyError}[os.environ["FAILURE"]]("the disk of rank 1 is full")
     return _step(self, *args, **kwargs)
 
 
+def _not_saving(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
 if __name__ == "__main__":
+    if os.environ["FAILURE"] == "save" and os.environ["RANK"] == "1":
+        checkpoint.save_file = _not_saving  # type: ignore[assignment]
     TrainStep.__call__ = _failing  # type: ignore[method-assign]
     runpy.run_path("train/main.py", run_name="__main__")

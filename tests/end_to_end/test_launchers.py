@@ -80,6 +80,7 @@ def test_a_launch_that_does_not_fit_the_options_is_refused(words: list[str]) -> 
     [
         ("fault", "error: the disk of rank 1 is full"),
         ("error", "error: rank 1 failed first, with the error above"),
+        ("save", "error: checkpoint '"),
         ("kill", "error: rank 1 was killed (SIGKILL), as the system does when memory runs out; see `dmesg` and"),
     ],
 )
@@ -90,6 +91,7 @@ def test_one_ranks_failure_ends_the_run_and_is_its_last_word(failure: str, last:
     assert time.monotonic() - began < 120
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(last)
+    assert ("No space left on device" in done.stderr) == (failure == "save")
     assert ("KeyError: 'the disk of rank 1 is full'" in done.stderr) == (failure == "error")
     assert done.stderr.count("Traceback") == (failure == "error")
 

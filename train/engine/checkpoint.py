@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from threading import Thread
@@ -20,7 +21,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _POLL_S = 0.05
+_FAULT = "fault"
 
 
 def trained_weights(folder: Path) -> dict[str, Tensor]:
@@ -112,21 +113,34 @@ class Checkpoints:
         self.check()
 
     def _write(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        rank, name = self.accelerator.process_index, f"step-{state['step']:06d}"
+        name = f"step-{state['step']:06d}"
         aside, final = self.folder / f".{name}", self.folder / name
         try:
-            aside.mkdir(parents=True, exist_ok=True)
-            file = aside / f"rank-{rank:05d}.safetensors"
-            save_file(tensors, file)
-            _write_json(aside / f"rank-{rank:05d}.json", {file.name: _seal(file)})
+            self._write_part(aside, tensors)
             if self.accelerator.is_main_process:
                 self._complete(aside, final, state)
-        except (OSError, SafetensorError, CheckpointError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
+        except Exception as error:  # whatever it is: in a thread nobody would hear of it
+            if self.accelerator.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)
             self._fault = CheckpointError(
                 f"checkpoint '{final}' cannot be written: {error}; the ones before are as they were. "
                 "Make room or give another folder, and start again: the run goes on from the newest one"
             )
+
+    def _write_part(self, aside: Path, tensors: dict[str, Tensor]) -> None:
+        """Write this rank's tensors, and beside them their seal, or what went wrong: the main process waits for it."""
+        rank = self.accelerator.process_index
+        file = aside / f"rank-{rank:05d}.safetensors"
+        seal = file.with_suffix(".json")
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, file)
+            _write_json(seal, {file.name: _seal(file)})
+        except Exception as error:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)  # makes room for the next line, where a disk was full
+                _write_json(seal, {_FAULT: f"rank {rank}: {error}"})
+            raise
 
     def _complete(self, aside: Path, final: Path, state: dict[str, Any]) -> None:
         """On the main process: wait for the other ranks' parts, seal the whole, and give it its name."""
@@ -134,11 +148,12 @@ class Checkpoints:
         files = {STATE: _seal(aside / STATE)}
         for rank in range(self.accelerator.num_processes):
             part = aside / f"rank-{rank:05d}.json"
-            while not part.exists():
-                if not aside.exists():
-                    raise CheckpointError("another rank could not write its part")
+            while not part.exists():  # a rank that ends without a word ends the whole run
                 time.sleep(_POLL_S)
-            files |= json.loads(part.read_text(encoding="utf-8"))
+            sealed = json.loads(part.read_text(encoding="utf-8"))
+            if _FAULT in sealed:
+                raise CheckpointError(sealed[_FAULT])
+            files |= sealed
             part.unlink()
         _write_json(aside / MANIFEST, {"files": files})
         _sync(aside)

@@ -29,7 +29,7 @@ class WandbTracker:
             "tags": options.tags,
             "name": name,
             "dir": str(folder),
-            "id": _run_id(folder / "wandb_id"),
+            "id": _run_id(folder / "wandb" / "run_id"),
             "resume": "allow",
             "config": config,
         }
@@ -61,6 +61,7 @@ class WandbTracker:
 def _run_id(file: Path) -> str:
     """W&B's name for the run in this folder, so that a resumed run is the same run there."""
     if not file.exists():
+        file.parent.mkdir(exist_ok=True)
         file.write_text(uuid.uuid4().hex[:8])
     return file.read_text()
 

@@ -1,6 +1,5 @@
 """The folder of checkpoints: whole or not there, checked, and as many as were asked for."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,18 +126,30 @@ def test_what_cannot_be_written_is_said_at_the_next_step(tmp_path: Path, acceler
         checkpoints.check()
 
 
-def test_another_ranks_failure_ends_the_wait(tmp_path: Path) -> None:
-    first_of_two = SimpleNamespace(
-        process_index=0, num_processes=2, is_main_process=True, wait_for_everyone=lambda: None
+def test_another_ranks_failure_ends_the_wait_and_is_told(tmp_path: Path) -> None:
+    first, second = (
+        cast(
+            Accelerator,
+            SimpleNamespace(
+                process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=lambda: None
+            ),
+        )
+        for rank in (0, 1)
     )
-    checkpoints = Checkpoints(tmp_path, cast(Accelerator, first_of_two), keep_last=0)
-    checkpoints.save({"master/b/0": torch.ones(4)}, {"step": 1, "parameters": {}, "evaluation": {}})
-    aside = tmp_path / ".step-000001"
-    while not (aside / "state.json").exists():
-        time.sleep(0.01)
-    for file in aside.iterdir():
-        file.unlink()
-    aside.rmdir()  # what the other rank does where it fails
-    with pytest.raises(CheckpointError, match="another rank could not write its part"):
-        checkpoints.finish()
-    assert names(checkpoints) == []
+    checkpoints = [Checkpoints(tmp_path, accelerator, keep_last=0) for accelerator in (first, second)]
+    for step, spoiled in ((1, False), (2, True)):
+        parts = [{"master/a.weight/0": torch.zeros(6)}, {"master/b/0": torch.ones(4)}]
+        if spoiled:
+            parts[1]["not/contiguous/0"] = torch.ones(4, 4).T  # which safetensors refuses
+        state = {"step": step, "parameters": PARAMETERS, "evaluation": {}}
+        for rank in (0, 1):
+            checkpoints[rank].save(parts[rank], state)
+        if spoiled:
+            for rank in (0, 1):
+                with pytest.raises(CheckpointError, match="contiguous"):
+                    checkpoints[rank].finish()
+        else:
+            checkpoints[1].finish()
+            checkpoints[0].finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert trained_weights(tmp_path / "step-000001")["b"].tolist() == [1, 1, 1, 1]
