@@ -1,9 +1,25 @@
-"""What runs of launch.sh need."""
+"""What runs of launch.sh need, and tables at the end of the tests' output."""
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+_TABLES = pytest.StashKey[dict[str, list[str]]]()
+
+
+@pytest.fixture(scope="session")
+def tables(pytestconfig: pytest.Config) -> dict[str, list[str]]:
+    """Lines by title, shown when all tests have run."""
+    return pytestconfig.stash.setdefault(_TABLES, defaultdict(list))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show the tables."""
+    for title, lines in config.stash.get(_TABLES, {}).items():
+        terminalreporter.section(title)
+        terminalreporter.write_line("\n".join(lines))
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,11 @@ pytestmark = pytest.mark.end_to_end
 
 STEPS = 3
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+TITLE = "the same steps under every engine"
 
 
-def words(folder: Path, out: str) -> list[str]:
-    """Three packs a step: two ranks cannot share them evenly.
+def words(folder: Path, out: str, packs: int = 3) -> list[str]:
+    """Two packs a step are one for each of two ranks; three are accumulated, and do not divide evenly.
 
     A larger eps, because Adam's first steps turn rounding noise into steps of full size where a gradient is zero.
     """
@@ -22,10 +23,10 @@ def words(folder: Path, out: str) -> list[str]:
         *write_records(folder, train=60),
         f"run.dir={folder / out}",
         f"run.max_steps={STEPS}",
-        "run.packs_per_step=3",
+        f"run.packs_per_step={packs}",
         "data.max_tokens=256",
         "data.workers=1",
-        "optim.warmup_ratio=0",
+        "optim.warmup_ratio=0.4",
         "optim.eps=1e-6",
         "eval.max_new_tokens=4",
         "tracker=none",
@@ -33,26 +34,51 @@ def words(folder: Path, out: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("alone")
-    succeed(["+recipe=full", "engine=none", *words(folder, "run")])
-    return folder / "run"
+def alone(tmp_path_factory: pytest.TempPathFactory, tables: dict[str, list[str]]) -> dict[int, Path]:
+    """The run of one process, by packs a step."""
+    runs = {}
+    for packs in (2, 3):
+        folder = tmp_path_factory.mktemp("alone")
+        succeed(["+recipe=full", "engine=none", *words(folder, "run", packs)])
+        runs[packs] = folder / "run"
+        add_rows(tables, "none", 1, packs, folder / "run")
+    return runs
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_equal_one(engine: str, alone: Path, tmp_path: Path) -> None:
-    succeed(["+recipe=full", f"engine={engine}", *words(tmp_path, "run")], processes=2)
-    run = tmp_path / "run"
-    assert len(losses(run)) == STEPS
-    assert losses(run) == pytest.approx(losses(alone), abs=1e-4)
-    assert [line["grad_norm"] for line in metrics(run) if "loss" in line] == pytest.approx(
-        [line["grad_norm"] for line in metrics(alone) if "loss" in line], rel=1e-3
-    )
-    evaluations = [[line for line in metrics(folder) if "eval/loss" in line] for folder in (run, alone)]
+def add_rows(tables: dict[str, list[str]], engine: str, ranks: int, packs: int, run: Path) -> None:
+    """A line of the table for each step."""
+    for line in metrics(run):
+        if "loss" in line:
+            step, rate = line["step"], line["lr/llm"]
+            tables[TITLE].append(
+                f"{engine:14} ranks {ranks}  packs {packs}  step {step}  loss {line['loss']:.6f}  "
+                f"grad_norm {line['grad_norm']:.6f}  clipped to {min(line['grad_norm'], 1.0):.0f}  lr {rate:.6e}"
+            )
+
+
+@pytest.mark.parametrize(
+    ("engine", "packs"), [*((engine, 3) for engine in ENGINES), ("ddp", 2), ("zero2", 2), ("zero3", 2)]
+)
+def test_two_ranks_equal_one(
+    engine: str, packs: int, alone: dict[int, Path], tables: dict[str, list[str]], tmp_path: Path
+) -> None:
+    succeed(["+recipe=full", f"engine={engine}", *words(tmp_path, "run", packs)], processes=2)
+    run, reference_run = tmp_path / "run", alone[packs]
+    add_rows(tables, engine, 2, packs, run)
+    steps, reference_steps = ([line for line in metrics(folder) if "loss" in line] for folder in (run, reference_run))
+    assert len(steps) == STEPS
+    for mine, reference in zip(steps, reference_steps, strict=True):
+        assert mine["loss"] == pytest.approx(reference["loss"], abs=1e-4)
+        assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-3)
+        assert mine["grad_norm"] > 1, "nothing would be clipped"
+        for name, rate in reference.items():
+            if name.startswith("lr/"):
+                assert mine[name] == rate
+    evaluations = [[line for line in metrics(folder) if "eval/loss" in line] for folder in (run, reference_run)]
     for mine, reference in zip(*evaluations, strict=True):
         assert mine == pytest.approx(reference, abs=1e-4)
     exported = load_file(run / "export" / "model.safetensors")
-    reference = load_file(alone / "export" / "model.safetensors")
+    reference = load_file(reference_run / "export" / "model.safetensors")
     assert exported.keys() == reference.keys()
     for name, weight in exported.items():
         assert (weight - reference[name]).abs().max() < 2e-3, name

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.builders import make_batch, mixed_samples, tiny_megrezo
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-OURS = ("measure", "workload", "plain", "step", "data", "loss")
+OURS = ("measure", "workload", "plain", "step", "data", "loss", "dummies", "resume")
 
 
 @pytest.fixture
@@ -68,6 +68,15 @@ def test_data_reports_its_figures(load: Any, tmp_path: Path) -> None:
         *("plan_s", "packs", "pack_fill", "plan_mib", "plan_peak_mib"),
         *("balance_steps", "balance_max_over_mean_p50", "balance_max_over_mean_p99", "assign_ms_per_step"),
     }
+
+
+def test_dummies_and_resume_report_their_figures(load: Any, tmp_path: Path) -> None:
+    written = figures(load("dummies"), tmp_path, "--size", "tiny", "--repeats", "1")
+    assert set(written) == {"size", "tokens", "without_s", "with_s", "ratio"}
+    written = figures(load("resume"), tmp_path, "--size", "tiny", "--records", "4000")
+    assert [row["step"] for row in written["finding"]] == [10, 100_000]
+    assert written["finding"][1]["packs_epoch"] > 0
+    assert set(written["saving"]) == {"parameters", "file_mib", "stall_s", "write_s", "check_s", "load_s"}
 
 
 def test_loss_compares_both_ways(load: Any, tmp_path: Path) -> None:

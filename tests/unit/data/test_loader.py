@@ -92,3 +92,23 @@ def test_nothing_usable_is_an_error() -> None:
     nothing = Measured(np.zeros((2, 3), dtype=np.int32), ["", ""], np.array([2]))
     with pytest.raises(OmniTuneError, match="no usable record"):
         plan_of(nothing)
+
+
+def test_every_record_comes_once_an_epoch_though_the_number_of_ranks_changes(tmp_path: Path, processor: Any) -> None:
+    write_records(tmp_path, train=40)
+    records = record_set(tmp_path, processor)
+    measured, _ = records.measure()
+    plan = plan_of(measured)
+    seen: list[list[int]] = [[], []]
+    position = (0, 0)
+    for ranks, steps in ((2, 2), (1, 1), (3, 3), (2, 100)):  # stopped after so many steps, resumed on other ranks
+        loaders = [
+            iter(StepLoader(plan, records, rank=rank, world_size=ranks, epoch=position[0], step_in_epoch=position[1]))
+            for rank in range(ranks)
+        ]
+        for _, fetched in zip(range(steps), zip(*loaders, strict=True), strict=False):
+            for share in fetched:
+                seen[share.epoch] += [record for batch in share.batches for record in batch.records]
+            position = (fetched[0].epoch, fetched[0].step_in_epoch + 1)
+    assert plan.steps_in(0) > 3
+    assert [sorted(of_epoch) for of_epoch in seen] == [list(range(40))] * 2
