@@ -167,7 +167,8 @@ class Checkpoints:
         kept = set(found[-self.keep_last :]) | ({best} if (best := self._best(found)) else set())
         for old in found:
             if old not in kept:
-                shutil.rmtree(old)
+                leaving = old.rename(old.with_name(f".{old.name}"))  # never half a checkpoint under its name
+                shutil.rmtree(leaving)
 
     def _best(self, found: list[Path]) -> Path | None:
         """The checkpoint whose evaluation was best; the newest of equals."""
