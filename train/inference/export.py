@@ -35,7 +35,7 @@ def export(
     model = family.load_model(base)
     folder.mkdir(parents=True, exist_ok=True)
     if lora:
-        adapted = add_adapters(model, family.rules, lora, fully_tuned=fully_tuned)
+        adapted = add_adapters(model, family.rules, lora, fully_tuned=fully_tuned, in_float32=True)
         load_trained(adapted, trained)
         save_adapter(adapted, folder / "adapter", base)
         model = merge(adapted)

@@ -28,12 +28,19 @@ class LoraSettings:
 
 
 def add_adapters(
-    model: nn.Module, rules: Rules, settings: LoraSettings, *, fully_tuned: Iterable[str] = ()
+    model: nn.Module,
+    rules: Rules,
+    settings: LoraSettings,
+    *,
+    fully_tuned: Iterable[str] = (),
+    in_float32: bool = False,
 ) -> PeftModel:
     """The model with adapters on the linear layers that `settings.targets` names.
 
     fully_tuned: modules that peft shall copy and carry with the adapter (`modules_to_save`): what an
     adapter folder needs to be complete. Training leaves it empty and tunes those modules in place.
+    in_float32: adapters in float32 beside half-precision weights: exported adapters lose nothing of their masters.
+    Training leaves them in the weights' dtype, since ZeRO wants one for all that learns, and keeps the masters apart.
     """
     names = list(_targets(model, rules, settings.targets))
     if not names:
@@ -49,7 +56,7 @@ def add_adapters(
         init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]  # checks.py admits what peft knows
         modules_to_save=[root for module in fully_tuned for root in _roots(model, rules, module)] or None,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    return get_peft_model(model, config, autocast_adapter_dtype=in_float32)
 
 
 def quantize_linear_layers(

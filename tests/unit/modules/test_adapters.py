@@ -42,6 +42,13 @@ def test_adapters_begin_by_adding_nothing(start: bool | str, use_dora: bool) -> 
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("in_float32", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
+def test_adapters_beside_half_precision_weights(in_float32: bool, dtype: torch.dtype) -> None:
+    model = add_adapters(tiny_megrezo().to(torch.bfloat16), MEGREZO.rules, settings(), in_float32=in_float32)
+    assert {p.dtype for name, p in model.named_parameters() if is_adapter(name)} == {dtype}
+    assert {p.dtype for name, p in model.named_parameters() if not is_adapter(name)} == {torch.bfloat16}
+
+
 def test_doras_magnitudes_are_adapters_that_do_not_decay() -> None:
     model = add_adapters(tiny_megrezo(), MEGREZO.rules, settings(use_dora=True))
     choose_trainable(model, MEGREZO.rules, tuned=["llm"], adapted=["llm"])
