@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 import train.auto  # noqa: F401
 from tests.runs import ROOT, SAMPLE, build_here, launch, losses, metrics, succeed, write_records
 from train.config import MODULES
+from train.engine.checkpoint import trained_weights
 
 pytestmark = pytest.mark.end_to_end
 
@@ -80,7 +81,7 @@ def test_a_bad_record_is_quarantined_and_the_run_goes_on(run: Path) -> None:
 
 def test_auto_classes_load_the_trained_model(run: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(run / "export")
-    trained = load_file(run / "checkpoints" / "step-000004" / "trained.safetensors")
+    trained = trained_weights(run / "checkpoints" / "step-000004")
     weights = dict(model.named_parameters())
     assert len(trained) == len(weights)
     assert all(weights[name].equal(value) for name, value in trained.items())

@@ -11,10 +11,8 @@ import signal
 import socket
 import struct
 import sys
-from contextlib import suppress
 from types import FrameType
 
-import psutil
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -22,6 +20,7 @@ from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
 from train.launcher.failure import STOPPED, first_failure
 from train.launcher.machines import MachineGone, Machines
+from train.launcher.ranks import signal_ranks
 
 _SIOCGIFADDR = 0x8915
 
@@ -80,9 +79,7 @@ def _run(arguments: argparse.Namespace, machines: Machines) -> tuple[int, str]:
 
 def _pass_on(number: int, _: FrameType | None) -> None:
     """Let the ranks decide: they save before they end."""
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):
-            child.send_signal(number)
+    signal_ranks(number)
 
 
 def interface_to(address: str) -> str | None:

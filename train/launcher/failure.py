@@ -37,8 +37,9 @@ def told_to_the_launcher(explain: Callable[[Exception], str | None]) -> Iterator
                 raise
             sys.exit(f"error: {fault}")
         text = traceback.format_exc().rstrip() if fault is None else f"error: {fault}"
-        about = {"py_callstack": text, "timestamp": int(time.time())}
         ours = {"time": time.time(), "is_fault": fault is not None, "lost_peer": _lost_peer(error)}
+        # torchrun takes the earliest for the cause: a consequence must not come first.
+        about = {"py_callstack": text, "timestamp": int(time.time()) + 60 * ours["lost_peer"]}
         with open(file, "w", encoding="utf-8") as out:  # noqa: PTH123
             json.dump({"message": {"message": text.splitlines()[-1], "extraInfo": about | ours}}, out)
         sys.stdout.flush()

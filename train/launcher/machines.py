@@ -8,6 +8,8 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
+from train.launcher.ranks import signal_ranks
+
 BEAT_S = 1.0
 SILENCE_S = 30
 """Seconds after which a machine that says nothing counts as gone."""
@@ -58,6 +60,7 @@ class Machines:
             time.sleep(3 * BEAT_S)
 
     def _on_alarm(self, *_: object) -> None:
+        signal_ranks(signal.SIGKILL)  # they wait for the machine that is gone, and would not end when asked
         raise MachineGone(self._news or self._gone(0))
 
     @staticmethod
