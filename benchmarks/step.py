@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=("tiny", "cpu", "4b"), default="cpu")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--packs", type=int, default=1, help="packs of 4096 tokens in the step")
+    parser.add_argument("--packs", type=int, default=2, help="packs of 4096 tokens in the step")
     parser.add_argument("--repeats", type=int, default=1, help="times that each way runs; the median counts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-tflops", type=float, help="the device's peak in bfloat16, for the MFU")

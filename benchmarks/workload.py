@@ -17,25 +17,25 @@ SHARES = {"caption": 0.4, "speech": 0.3, "text": 0.2, "spoken_picture": 0.1}
 """Records of each kind: a picture and text; a recording and its words; text alone; a picture and a recording."""
 
 PICTURES = {
-    (640, 480): 0.30,
-    (480, 640): 0.12,
-    (640, 427): 0.14,
-    (500, 375): 0.10,
-    (336, 336): 0.06,
-    (1024, 768): 0.10,
-    (768, 1024): 0.04,
-    (1920, 1080): 0.06,
-    (1080, 1920): 0.03,
-    (1240, 1754): 0.03,
-    (1480, 720): 0.02,
+    (300, 225): 0.20,
+    (400, 300): 0.18,
+    (336, 336): 0.12,
+    (256, 384): 0.10,
+    (500, 375): 0.12,
+    (640, 480): 0.14,
+    (480, 640): 0.06,
+    (1024, 768): 0.05,
+    (1920, 1080): 0.02,
+    (1240, 1754): 0.01,
 }
-"""Width and height in pixels, and how common: photo collections of the web mostly, then screens, phones, scans."""
+"""Width and height in pixels, and how common: captioned pictures of the web, which collections keep at a few hundred
+pixels, then photographs, and a few screens and scans."""
 
 SCALE, PATCH, MAX_SLICES, QUERIES = 448, 14, 9, 64
 """The published picture settings."""
 
-CLIP_SECONDS = {"speech": (7.0, 0.7), "spoken_picture": (4.0, 0.5)}
-"""Median and log-deviation of a recording: read sentences, and spoken questions."""
+CLIP_SECONDS = {"speech": (11.0, 0.6), "spoken_picture": (4.0, 0.5)}
+"""Median and log-deviation of a recording: sentences read from books, and spoken questions."""
 
 SHORTEST, LONGEST = 1.0, 30.0
 """Seconds to which recordings are clipped; 30 s is the longest that the audio tower takes."""
@@ -43,8 +43,8 @@ SHORTEST, LONGEST = 1.0, 30.0
 PROMPT = {"caption": (18, 0.5), "speech": (8, 0.2), "text": (90, 1.1), "spoken_picture": (6, 0.2)}
 """Median and log-deviation of the tokens of what the user writes: speech has a fixed instruction, text a long tail."""
 
-ANSWER = {"caption": (70, 0.8), "text": (160, 0.9), "spoken_picture": (60, 0.7)}
-"""The same of the answer: from a word (VQA) to a paragraph (detailed captions)."""
+ANSWER = {"caption": (16, 0.6), "text": (160, 0.9), "spoken_picture": (30, 0.8)}
+"""The same of the answer: a sentence for a caption, a sentence or two for a spoken question."""
 
 TOKENS_PER_SECOND = 3.3
 """Tokens of a transcript for each second of speech: 150 words a minute."""
