@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from train.config import MODULES, Engine, Options
+from train.config import METRICS, MODULES, Engine, Options
 from train.errors import ConfigError
 
 
@@ -42,11 +42,21 @@ def check(options: Options, world_size: int = 1, environment: Mapping[str, str] 
         *_tuning_faults(options),
         *_lora_faults(options),
         *_number_faults(options),
+        *_metric_faults(options),
         *_launch_faults(options, world_size),
         *_deepspeed_faults(options),
         *_accelerate_faults(options, environment or {}),
         *_liger_faults(options),
     ]
+    if faults:
+        raise ConfigError(faults)
+
+
+def check_evaluation(options: Options) -> None:
+    """Raise ConfigError with every fault in the options that evaluating a model folder reads."""
+    faults = [*_source_faults(options, "eval"), *_number_faults(options), *_metric_faults(options)]
+    if not options.data.eval:
+        faults.append("data.eval is empty: name a file of records, or data=sample")
     if faults:
         raise ConfigError(faults)
 
@@ -79,17 +89,21 @@ def _data_faults(options: Options) -> list[str]:
     faults = []
     if not options.data.train:
         faults.append("data.train is empty: name a source, 'data.train=[{path: records.jsonl}]'")
-    for group in ("train", "eval"):
-        for index, source in enumerate(getattr(options.data, group)):
-            where = f"data.{group}[{index}]"
-            if not Path(source.path).is_file():
-                faults.append(f"{where}.path: there is no file '{source.path}'")
-            if source.root is not None and not Path(source.root).is_dir():
-                faults.append(f"{where}.root: there is no folder '{source.root}'")
-            if not source.weight > 0:
-                faults.append(f"{where}.weight is {source.weight}; it must be above 0 (leave the source out)")
-            if source.format not in ("auto", "jsonl", "json", "parquet"):
-                faults.append(f"{where}.format is '{source.format}'; use auto, jsonl, json or parquet")
+    return faults + _source_faults(options, "train") + _source_faults(options, "eval")
+
+
+def _source_faults(options: Options, group: str) -> list[str]:
+    faults = []
+    for index, source in enumerate(getattr(options.data, group)):
+        where = f"data.{group}[{index}]"
+        if not Path(source.path).is_file():
+            faults.append(f"{where}.path: there is no file '{source.path}'")
+        if source.root is not None and not Path(source.root).is_dir():
+            faults.append(f"{where}.root: there is no folder '{source.root}'")
+        if not source.weight > 0:
+            faults.append(f"{where}.weight is {source.weight}; it must be above 0 (leave the source out)")
+        if source.format not in ("auto", "jsonl", "json", "parquet"):
+            faults.append(f"{where}.format is '{source.format}'; use auto, jsonl, json or parquet")
     return faults
 
 
@@ -198,6 +212,14 @@ def _number_faults(options: Options) -> list[str]:
     if run.resume not in ("auto", "never") and not Path(run.resume).is_dir():
         faults.append(f"run.resume: there is no checkpoint folder '{run.resume}'; use auto, never or a folder")
     return faults
+
+
+def _metric_faults(options: Options) -> list[str]:
+    return [
+        f"eval.metrics: there is no metric '{entry}'; choose from {', '.join(METRICS)}, or <metric>/<type of records>"
+        for entry in options.eval.metrics
+        if entry.partition("/")[0] not in METRICS
+    ]
 
 
 def _launch_faults(options: Options, world_size: int) -> list[str]:

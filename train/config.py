@@ -9,6 +9,9 @@ from typing import Any
 MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj")
 """The parts of an omni model that learn or rest apart from each other."""
 
+METRICS = ("exact_match", "vqa_accuracy", "anls", "f1", "wer", "cer")
+"""What answers can be measured by; inference/metrics.py says how."""
+
 
 class TooLong(StrEnum):
     quarantine = "quarantine"
@@ -230,7 +233,10 @@ class EvalOptions:
     max_records: int = 0
     """Held-out records to evaluate, spread evenly; 0 = all."""
     generate: bool = True
-    """Answer the last turn of each held-out record and compare (exact match)."""
+    """Answer the last turn of each held-out record, and compare the answers with the references."""
+    metrics: list[str] = field(default_factory=lambda: ["exact_match", "f1"])
+    """What answers are measured by: exact_match, vqa_accuracy, anls, f1, wer, cer; `wer/speech` = over the records of
+    type `speech` alone."""
     max_new_tokens: int = 64
     """Tokens an answer may have."""
     batch_size: int = 32

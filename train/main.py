@@ -11,25 +11,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import hydra  # noqa: E402
-from hydra.errors import HydraException  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from train.commands.options import register, typed  # noqa: E402
-from train.errors import OmniTuneError  # noqa: E402
+from train.commands.options import register, typed, users_fault  # noqa: E402
 from train.launcher.failure import STOPPED, told_to_the_launcher  # noqa: E402
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors, and does not print them on every rank
 register()
-
-
-def users_fault(error: Exception) -> str | None:
-    """What to say of an error that the user can put right; None for any other."""
-    if isinstance(error, OmniTuneError):
-        return str(error)
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return "\n".join(str(part) for part in (error, error.__cause__) if part)
-    return None
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")

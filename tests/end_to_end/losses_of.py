@@ -56,7 +56,7 @@ def losses(run: Run, setting: Setting) -> dict:
         packs = [records.batch(indices)[0] for indices in held]
         mine = packs if world_size() == 1 else [packs[run.accelerator.process_index]]
         results += [step(len(results) + turn, mine) for turn in range(2)]
-    evaluation, _ = evaluator.evaluate(step.model)
+    evaluation = evaluator.evaluate(step.model).values
     return {
         "losses": [result.loss for result in results],
         "grad_norms": [result.grad_norm for result in results],

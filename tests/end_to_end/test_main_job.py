@@ -48,6 +48,7 @@ def test_the_folder_holds_what_is_promised(run: Path) -> None:
         "quarantine.jsonl",
         "checkpoints",
         "initial_model",
+        "predictions",
         "export",
         "wandb",
     }
@@ -68,8 +69,20 @@ def test_metrics_tell_each_step_and_each_evaluation(run: Path) -> None:
         "supervised_tokens",
         "time/data_wait_s",
     } <= set(lines[1])
-    assert {"eval/loss", "eval/exact_match"} <= set(lines[0])
+    assert {"eval/loss", "eval/exact_match", "eval/exact_match/speech", "eval/f1", "eval/f1/speech"} <= set(lines[0])
     assert losses(run)[-1] < losses(run)[0]
+
+
+def test_predictions_stand_beside_their_references(run: Path) -> None:
+    files = sorted((run / "predictions").iterdir())
+    assert [file.name for file in files] == ["step-000000.jsonl", "step-000004.jsonl"]
+    lines = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert [line["line"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[1].keys() == {"file", "line", "type", "prompt", "reference", "answer"}
+    assert lines[1]["prompt"] == "user: <image>What color is the object?"
+    assert lines[1]["reference"] == "red"
+    matches = [line["answer"] == line["reference"] for line in lines]
+    assert metrics(run)[-1]["eval/exact_match"] == pytest.approx(sum(matches) / 6)
 
 
 def test_a_bad_record_is_quarantined_and_the_run_goes_on(run: Path) -> None:

@@ -32,7 +32,8 @@ def prepare(folder: Path) -> None:
         f"model.random_from={write_small_model(folder)}",
         *(f"data.train={source}", f"data.eval={source}", "data.workers=0"),
         *("optim.eps=1e-6", "optim.warmup_ratio=0", "optim.schedule=constant", "run.precision=fp32"),
-        *("eval.batch_size=1", "eval.max_new_tokens=4", "eval.before_training=false", "tracker=none", "run.threads=1"),
+        *("eval.batch_size=1", "eval.max_new_tokens=4", "eval.metrics=[exact_match]", "eval.before_training=false"),
+        *("tracker=none", "run.threads=1"),
     ]
     (folder / "words.txt").write_text("\n".join(words))
 

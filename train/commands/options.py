@@ -5,9 +5,12 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from train.config import Options
+from train.errors import OmniTuneError
 
 _HERE = Path(__file__).resolve()
 CONFIGS = _HERE.parents[1] / "configs"
@@ -37,3 +40,12 @@ def compose_options(overrides: list[str]) -> tuple[Options, dict[str, Any]]:
     register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return typed(compose("config", overrides=overrides))
+
+
+def users_fault(error: Exception) -> str | None:
+    """What to say of an error that the user can put right; None for any other."""
+    if isinstance(error, OmniTuneError):
+        return str(error)
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return "\n".join(str(part) for part in (error, error.__cause__) if part)
+    return None

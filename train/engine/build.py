@@ -84,10 +84,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     accelerator = make_accelerator(options)
     folder = _make_folder(options, accelerator)
     base = _base_model(options, folder, accelerator)
-    processor = family.load_processor(base)
-    processor.long_audio = str(options.data.long_audio)
-    if options.data.system_prompt is not None:
-        processor.system_prompt = options.data.system_prompt
+    processor = load_processor(options, family, base)
 
     train_set, measured, eval_set, eval_measured, quarantine = _read_data(options, base, processor, folder, accelerator)
     model = _load_model(options, family, base, accelerator.device)
@@ -145,7 +142,8 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         ),
         quarantine=quarantine,
         checkpoints=checkpoints,
-        evaluator=_make_evaluator(options, accelerator, eval_set, eval_measured),
+        evaluator=make_evaluator(options, accelerator, eval_set, eval_measured) if eval_set and eval_measured else None,
+        predictions=folder / "predictions",
         observers=[],
     )
     if found:
@@ -198,6 +196,21 @@ def source_specs(sources: list[SourceOptions]) -> list[SourceSpec]:
     ]
 
 
+def load_processor(options: Options, family: Family, folder: Path) -> Any:
+    """The processor of a model folder, set as the data options say."""
+    processor = family.load_processor(folder)
+    processor.long_audio = str(options.data.long_audio)
+    if options.data.system_prompt is not None:
+        processor.system_prompt = options.data.system_prompt
+    return processor
+
+
+def open_records(options: Options, sources: list[SourceOptions], processor: Any) -> RecordSet:
+    """The records of the sources, bounded as the data options say."""
+    specs = source_specs(sources)
+    return RecordSet(specs, processor, max_tokens=options.data.max_tokens, too_long=str(options.data.too_long))
+
+
 def _check_family(options: Options, family: Family) -> None:
     absent = [name for name in tuned_modules(options) if name not in family.modules]
     if absent:
@@ -232,16 +245,8 @@ def _base_model(options: Options, folder: Path, accelerator: Accelerator) -> Pat
 def _read_data(
     options: Options, base: Path, processor: Any, folder: Path, accelerator: Accelerator
 ) -> tuple[RecordSet, Measured, RecordSet | None, Measured | None, Quarantine]:
-    def open_all(sources: list[SourceOptions]) -> RecordSet:
-        return RecordSet(
-            source_specs(sources),
-            processor,
-            max_tokens=options.data.max_tokens,
-            too_long=str(options.data.too_long),
-        )
-
-    train_set = open_all(options.data.train)
-    eval_set = open_all(options.data.eval) if options.data.eval else None
+    train_set = open_records(options, options.data.train, processor)
+    eval_set = open_records(options, options.data.eval, processor) if options.data.eval else None
     quarantine = Quarantine(
         folder / "quarantine.jsonl" if accelerator.is_main_process else None,
         total_records=len(train_set) + (len(eval_set) if eval_set else 0),
@@ -317,11 +322,8 @@ def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, op
     )
 
 
-def _make_evaluator(
-    options: Options, accelerator: Accelerator, records: RecordSet | None, measured: Measured | None
-) -> Evaluator | None:
-    if records is None or measured is None:
-        return None
+def make_evaluator(options: Options, accelerator: Accelerator, records: RecordSet, measured: Measured) -> Evaluator:
+    """The evaluator of held-out records, as the options under `eval` say."""
     return Evaluator(
         accelerator,
         records,
@@ -329,6 +331,7 @@ def _make_evaluator(
         _limits(options),
         max_records=options.eval.max_records,
         generate=options.eval.generate,
+        metrics=options.eval.metrics,
         max_new_tokens=options.eval.max_new_tokens,
         batch_size=options.eval.batch_size,
     )

@@ -217,7 +217,7 @@ class Checkpoints:
 
 def is_better_low(figure: str) -> bool:
     """Whether less of a figure is better: of losses and error rates."""
-    return any(word in figure for word in ("loss", "wer", "cer"))
+    return figure.removeprefix("eval/").partition("/")[0] in ("loss", "wer", "cer")
 
 
 def _seal(file: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from train.data.loader import Fetched
 from train.engine.checkpoint import Checkpoints, read_state, saved_state
-from train.engine.evaluator import Evaluator
+from train.engine.evaluator import Evaluator, write_predictions
 from train.engine.metrics import Observer, StepReport
 from train.engine.quarantine import Quarantine
 from train.engine.state import TrainedState
@@ -60,6 +60,7 @@ class Trainer:
     steps_from: gives this rank's batches from (epoch, step in it) on.
     plan_digest: what the packs depend on; a checkpoint of another plan would go on at another place.
     name_of: a record's file and line, by its index.
+    predictions: folder of the answers of each evaluation.
     observers: empty but on the main process.
     """
 
@@ -74,6 +75,7 @@ class Trainer:
     quarantine: Quarantine
     checkpoints: Checkpoints
     evaluator: Evaluator | None
+    predictions: Path
     observers: Sequence[Observer]
     position: Position = field(default_factory=Position)
     _evaluation: dict[str, float] = field(default_factory=dict)
@@ -132,11 +134,13 @@ class Trainer:
         """Evaluate now, and tell the observers."""
         if self.evaluator is None:
             return
-        values, bad = self.evaluator.evaluate(self.train_step.model)
-        self._evaluation = values
-        self.quarantine.add(gather_object(bad))
+        evaluation = self.evaluator.evaluate(self.train_step.model)
+        self._evaluation = evaluation.values
+        self.quarantine.add(evaluation.bad)
+        if evaluation.predictions and self.accelerator.is_main_process:
+            write_predictions(self.predictions / f"step-{self.position.step:06d}.jsonl", evaluation.predictions)
         for observer in self.observers:
-            observer.on_evaluation(self.position.step, values)
+            observer.on_evaluation(self.position.step, evaluation.values)
 
     def _fetch(self) -> Iterator[tuple[Fetched, float]]:
         """This rank's share of each step still to do, and the seconds it was waited for."""

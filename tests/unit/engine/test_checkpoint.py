@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from tests.runs import forget_accelerator
-from train.engine.checkpoint import MANIFEST, Checkpoints, damage, read_state, trained_weights
+from train.engine.checkpoint import MANIFEST, Checkpoints, damage, is_better_low, read_state, trained_weights
 from train.engine.state import SavedState
 from train.errors import CheckpointError
 
@@ -62,6 +62,21 @@ def test_the_newest_are_kept_and_the_best(tmp_path: Path, accelerator: Accelerat
     for step, share in ((1, 0.9), (2, 0.1), (3, 0.2)):
         save(checkpoints, step, {"eval/exact_match": share})
     assert names(checkpoints) == ["step-000001", "step-000003"]
+
+
+@pytest.mark.parametrize(
+    ("figure", "is_low"),
+    [
+        ("eval/loss", True),
+        ("eval/loss/train", True),
+        ("eval/wer", True),
+        ("eval/cer/speech", True),
+        ("eval/exact_match/answers", False),
+        ("eval/f1/soccer", False),
+    ],
+)
+def test_the_metric_says_which_figure_is_better(figure: str, is_low: bool) -> None:
+    assert is_better_low(figure) == is_low
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path, accelerator: Accelerator) -> None:

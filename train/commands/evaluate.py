@@ -1,0 +1,115 @@
+"""Measure a model folder on held-out records."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train.errors import OmniTuneError
+
+if TYPE_CHECKING:
+    from train.config import Options
+    from train.data.record_set import BadNote
+    from train.engine.evaluator import Evaluation
+
+_NAMED = 20
+"""Most bad records that are named."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's words."""
+    parser.add_argument("model", type=Path, help="model folder, such as a run's export/")
+    parser.add_argument(
+        "data", nargs="+", help="files of records, or options as in training: data=sample, eval.metrics=[wer/speech]"
+    )
+    parser.add_argument("--root", type=Path, help="folder of the files' media; default: each file's own")
+    parser.add_argument("--max-records", type=int, default=0, help="records at most, spread evenly; 0 = all")
+    parser.add_argument("--batch-size", type=int, default=32, help="answers generated at a time, per process")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens of an answer at most")
+    parser.add_argument("--predictions", type=Path, help="write the answers beside their references here (JSON lines)")
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Print a table of the types of records; under torchrun its processes share the work."""
+    options = _options(chosen)
+
+    from train.checks import check_evaluation
+    from train.engine.build import load_processor, make_evaluator, open_records
+    from train.engine.evaluator import write_predictions
+    from train.engine.launch import close, make_accelerator
+    from train.families import find
+
+    check_evaluation(options)
+    family = find(chosen.model)
+    accelerator = make_accelerator(options)
+    records = open_records(options, options.data.eval, load_processor(options, family, chosen.model))
+    measured, bad = records.measure()
+    if len(bad) == len(records):
+        raise OmniTuneError(f"none of the {len(records)} records can be used; the first: {bad[0].reason}")
+    evaluator = make_evaluator(options, accelerator, records, measured)
+    model = family.load_model(chosen.model).to(accelerator.device)
+    evaluation = evaluator.evaluate(model)
+    if accelerator.is_main_process:
+        _name([*bad, *evaluation.bad])
+        if chosen.predictions:
+            write_predictions(chosen.predictions, evaluation.predictions)
+        print(table(evaluation))
+    close(accelerator, model)
+
+
+def table(evaluation: "Evaluation") -> str:
+    """A row for each type of records and one for all, a column for each figure; "-" where nothing was measured."""
+    columns = ["type", *evaluation.overall]
+    cells = [columns]
+    for name, figures in [*evaluation.by_type.items(), ("all", evaluation.overall)]:
+        numbers = [_number(column, figures.get(column)) for column in columns[1:]]
+        cells.append([name or "(none)", *numbers])
+    first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
+    return "\n".join(
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
+        for row in cells
+    )
+
+
+def _number(column: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if column == "records" else f"{value:.4f}"
+
+
+def _options(chosen: argparse.Namespace) -> "Options":
+    """What the words say: those with "=" are options, the others files of records."""
+    from train.commands.options import compose_options, users_fault
+    from train.config import METRICS, SourceOptions
+
+    overrides = [word for word in chosen.data if "=" in word and not Path(word).is_file()]
+    group = [] if any(word.startswith("data=") for word in overrides) else ["data=files"]
+    defaults = [
+        "run.precision=fp32",  # no autocast: the model computes in the dtype that it is stored in
+        "run.threads=0",
+        f"eval.metrics=[{','.join(METRICS)}]",
+        f"eval.max_records={chosen.max_records}",
+        f"eval.batch_size={chosen.batch_size}",
+        f"eval.max_new_tokens={chosen.max_new_tokens}",
+    ]
+    try:
+        options, _ = compose_options([*group, *defaults, *overrides])
+    except Exception as error:
+        fault = users_fault(error)
+        if fault is None:
+            raise
+        raise OmniTuneError(fault) from None
+    files = [word for word in chosen.data if word not in overrides]
+    if files:
+        root = str(chosen.root) if chosen.root else None
+        options.data.eval = [SourceOptions(path=file, root=root) for file in files]
+    return options
+
+
+def _name(bad: "list[BadNote]") -> None:
+    """Say which records could not be used."""
+    reasons = list({(note.source, note.line): note.reason for note in bad}.values())
+    for reason in reasons[:_NAMED]:
+        print(f"left out: {reason}", file=sys.stderr)
+    if len(reasons) > _NAMED:
+        print(f"left out: {len(reasons) - _NAMED} more", file=sys.stderr)
