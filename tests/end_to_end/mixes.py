@@ -39,10 +39,14 @@ class Setting:
 
 
 def full_product() -> Iterator[Setting]:
-    """Everything: each engine × mix × freeze × tuning, the mixes of a setting in one run."""
-    for freeze, lora in product(FREEZES, (False, True)):
-        for engine in ENGINES:
-            yield Setting(engine, _names(freeze), lora, tuple(MIXES))
+    """Everything: each engine × mix × freeze × tuning, half the mixes of a setting in one run.
+
+    Not all in one: after some thirty updates Adam has made more than 1e-4 of the rounding in small gradients.
+    """
+    half = len(MIXES) // 2
+    for freeze, lora, engine in product(FREEZES, (False, True), ENGINES):
+        for mixes in (MIXES[:half], MIXES[half:]):
+            yield Setting(engine, _names(freeze), lora, tuple(mixes))
 
 
 def all_pairs(seed: int) -> Iterator[Setting]:
