@@ -186,7 +186,7 @@ def figures_of(chosen: argparse.Namespace) -> dict[str, Any]:
     config = model_config(chosen.size)
     model = build(config, chosen.device)
     packs, fours = batches_of(config, chosen.packs, chosen.seed)
-    inputs = {name: packs if savings.packing else fours for name, savings in WAYS.items()}
+    inputs = {name: packs if WAYS[name].packing else fours for name in dict.fromkeys(["plain", *chosen.ways])}
     costs, losses = measure_ways(model, inputs, chosen.repeats, chosen.device)
     supervised = sum(len(batch.targets) for batch in packs)
     seconds = {name: statistics.median(cost.seconds for cost in of_way) for name, of_way in costs.items()}
@@ -203,7 +203,7 @@ def figures_of(chosen: argparse.Namespace) -> dict[str, Any]:
             "peak_gib": max(cost.peak_bytes for cost in costs[name]) / 2**30,
             "loss": losses[name],
         }
-        for name in WAYS
+        for name in inputs
     ]
     figures: dict[str, Any] = {
         "size": chosen.size,
@@ -226,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--packs", type=int, default=2, help="packs of 4096 tokens in the step")
     parser.add_argument("--repeats", type=int, default=1, help="times that each way runs; the median counts")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="to compare with the plain way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-tflops", type=float, help="the device's peak in bfloat16, for the MFU")
     parser.add_argument("--json", type=Path, help="write the figures here too")
