@@ -116,7 +116,6 @@ def test_a_fault_on_every_rank_is_told_once(words: list[str], venv: Path) -> Non
 
 SRUN = """#!/usr/bin/env bash
 # Two tasks on this machine, as srun starts one on each.
-shift
 SLURM_PROCID=0 "$@" & first=$!
 SLURM_PROCID=1 "$@" & second=$!
 wait $first; code=$?
