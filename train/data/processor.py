@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from train.data.audio import clip_length, fit_clip, load_clip, log_mel
 from train.data.chat import CHAT_TEMPLATE_JINJA, MEGREZ_TEMPLATE, TextEncoder
 from train.data.images import SliceSettings, load_picture, picture_size, slices_of, to_rgb
+from train.data.prompting import PromptMixin
 from train.errors import BadRecord, CheckpointError
 from train.geometry import SAMPLE_RATE, PictureLayout, audio_places, mel_frames
 from train.schema import IGNORE_INDEX, Lengths, MediaSource, Record, Sample
@@ -131,7 +132,7 @@ class _Tokens:
         self.clips = [medium for medium in self.clips if medium.end <= limit]
 
 
-class MegrezOProcessor(ProcessorMixin):
+class MegrezOProcessor(PromptMixin, ProcessorMixin):
     """Tokenizer, picture and audio settings of a model folder, and the encoding of records with them.
 
     Args:
@@ -372,6 +373,8 @@ def _located(record: Record) -> Iterator[None]:
     try:
         yield
     except BadRecord as fault:
+        if not record.file:
+            raise
         raise BadRecord(f"{record.file}:{record.line}: {fault}") from None
 
 

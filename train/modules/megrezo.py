@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from train.modules.attention import Segments
 from train.modules.audio import AudioEncoder, sinusoids
+from train.modules.chatting import ChatMixin
 from train.modules.llm import build_llm, packed_hidden_states
 from train.modules.loss import token_losses
 from train.modules.resampler import CrossAttention, Resampler
@@ -146,7 +147,7 @@ def _grad_if_tuned(module: nn.Module) -> AbstractContextManager:
     return torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
 
 
-class MegrezO(PreTrainedModel, GenerationMixin):
+class MegrezO(ChatMixin, PreTrainedModel, GenerationMixin):
     """Megrez-3B-Omni over packs of samples.
 
     `call_every_module` says whether a tower for which a batch has no input runs on a dummy (see `embed`):
