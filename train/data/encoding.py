@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from train.data.chat import ChatTemplate, Segment, TextEncoder
+from train.data.prompting import PromptMixin
 from train.errors import BadRecord, CheckpointError
 from train.geometry import PictureLayout
 from train.schema import IGNORE_INDEX, Lengths, MediaSource, Record, Sample
@@ -54,7 +55,7 @@ class Tokens:
         self.clips = [medium for medium in self.clips if medium.end <= limit]
 
 
-class RecordProcessor:
+class RecordProcessor(PromptMixin):
     """Lays records out as tokens by a chat template; a model of text alone takes no media.
 
     A processor of media overrides `_lay_out_medium`, `_lengths` and `_media`.
@@ -186,4 +187,6 @@ def _located(record: Record) -> Iterator[None]:
     try:
         yield
     except BadRecord as fault:
+        if not record.file:
+            raise
         raise BadRecord(f"{record.file}:{record.line}: {fault}") from None

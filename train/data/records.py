@@ -79,8 +79,11 @@ def parse_record(raw: dict[str, Any], *, root: Path, file: str, line: int) -> Re
         raise BadRecord(f"{file}:{line}: {fault}") from None
 
 
-def parse_messages(messages: Sequence[Mapping[str, Any]], *, root: Path) -> Record:
+def parse_messages(messages: Sequence[Mapping[str, Any]], *, root: Path | None = None) -> Record:
     """The checked conversation that a user wants answered: messages of `{"role", "content"}`.
+
+    Args:
+        root: as in `parse_record`; None: the working folder, which media paths may leave.
 
     Raises:
         BadRecord: with the reason, if a message breaks a rule or a medium is missing.
@@ -107,7 +110,7 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _turns(raw: dict[str, Any], root: Path) -> tuple[Turn, ...]:
+def _turns(raw: dict[str, Any], root: Path | None) -> tuple[Turn, ...]:
     messages, tagged = _messages(raw, root)
     media = {kind: _top_level_media(raw, kind, root) for kind in MEDIA}
     if tagged or any(media.values()):
@@ -115,7 +118,7 @@ def _turns(raw: dict[str, Any], root: Path) -> tuple[Turn, ...]:
     return tuple(Turn(message.role, tuple(message.parts), message.weight) for message in messages)
 
 
-def _messages(raw: dict[str, Any], root: Path) -> tuple[list[_Message], bool]:
+def _messages(raw: dict[str, Any], root: Path | None) -> tuple[list[_Message], bool]:
     """The turns of a record, and whether its texts mark media by tags (the LLaVA format)."""
     entries = raw["messages"] if raw.get("conversations") is None and "messages" in raw else raw.get("conversations")
     if not isinstance(entries, list) or not entries:
@@ -152,7 +155,7 @@ def _weight(value: Any, number: int) -> float:
     return float(value)
 
 
-def _parts(content: Any, root: Path) -> list[Part]:
+def _parts(content: Any, root: Path | None) -> list[Part]:
     if content is None:
         return []
     if isinstance(content, str):
@@ -167,7 +170,7 @@ def _parts(content: Any, root: Path) -> list[Part]:
     return media + _text(content.get("text"))
 
 
-def _item(item: Any, root: Path) -> list[Part]:
+def _item(item: Any, root: Path | None) -> list[Part]:
     """One element of a content list of the OpenAI format."""
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text":
@@ -207,7 +210,7 @@ def _text(value: Any) -> list[Part]:
     return [Part("text", value)]
 
 
-def _medium(kind: MediumKind, value: Any, root: Path) -> Part:
+def _medium(kind: MediumKind, value: Any, root: Path | None) -> Part:
     """A picture or recording: its bytes, or the real path of a regular file under `root`."""
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -238,10 +241,10 @@ def _decode_base64(kind: MediumKind, data: str) -> bytes:
 _real_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
 
-def _contained_file(kind: MediumKind, path: str, root: Path) -> str:
+def _contained_file(kind: MediumKind, path: str, root: Path | None) -> str:
     """The path itself, links resolved, of a regular file that lies under `root`."""
-    real_root = str(_real_folder(root))
-    folder, name = os.path.split(os.path.join(root, path))  # noqa: PTH118 (pathlib is slow)
+    real_root = str(_real_folder(root)) if root else os.sep
+    folder, name = os.path.split(os.path.join(root or Path.cwd(), path))  # noqa: PTH118 (pathlib is slow)
     try:
         real = f"{_real_folder(folder)}{os.sep}{name}"
         status = os.lstat(real) if _is_under(real, real_root) else None
@@ -249,6 +252,8 @@ def _contained_file(kind: MediumKind, path: str, root: Path) -> str:
             real = os.path.realpath(real)
             status = os.stat(real) if _is_under(real, real_root) else None  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
+        if root is None:
+            raise BadRecord(f"{kind} {_quoted(path)} not found; fix the path") from None
         where = "" if os.path.isabs(path) else f" under {root}/"  # noqa: PTH117
         raise BadRecord(f"{kind} {_quoted(path)} not found{where}; fix the path or set root") from None
     except (OSError, ValueError) as error:
@@ -269,7 +274,7 @@ def _is_under(real: str, real_root: str) -> bool:
     return real.startswith(real_root.rstrip(os.sep) + os.sep)
 
 
-def _top_level_media(raw: dict[str, Any], kind: MediumKind, root: Path) -> list[Part]:
+def _top_level_media(raw: dict[str, Any], kind: MediumKind, root: Path | None) -> list[Part]:
     value = raw.get(kind) if raw.get(kind) is not None else raw.get(f"{kind}s")
     return [_medium(kind, item, root) for item in _many(value)]
 

@@ -1,44 +1,62 @@
-"""Conversations with a model folder."""
+"""Conversations with a model folder: what `omnitune chat` and `omnitune demo` stand on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from train.data.collate import collate
-from train.data.records import parse_messages
+from train.data.media import MediumKind
 from train.families import find
 
 
 @dataclass
 class Chat:
-    """A model and its processor."""
+    """A model with its processor, ready to answer."""
 
     model: Any
-    processor: Any
+    media: frozenset[MediumKind]
+    """What the model takes beside text."""
 
     @classmethod
     def load(cls, folder: Path | str, *, system_prompt: str | None = None, device: str | None = None) -> "Chat":
-        """From a model folder, onto CUDA where there is one."""
-        family = find(folder)
-        processor = family.load_processor(folder)
-        if system_prompt is not None:
-            processor.system_prompt = system_prompt
-        model = family.load_model(folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model.eval(), processor)
+        """From a model folder, onto CUDA where there is one.
 
-    def ask(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int = 512, temperature: float = 0.0) -> str:
-        """The answer to a conversation in the published form.
-
-        messages: `{"role", "content"}`, content a string or `{"text", "image", "audio"}` with absolute paths.
-        Raises BadRecord where a file cannot be used.
+        system_prompt: in place of the model's own; "" for none.
         """
-        record = parse_messages(messages, root=Path("/"))
-        batch = collate([self.processor.encode(record, generation_prompt=True)], [0], [0])
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        [ids] = self.model.generate(
-            batch.to(next(self.model.parameters()).device), max_new_tokens=max_new_tokens, **sampling
+        family = find(folder)
+        model = family.load_model(folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.processor = family.load_processor(folder)
+        if system_prompt is not None:
+            model.processor.system_prompt = system_prompt
+        kinds: dict[str, MediumKind] = {"patches": "image", "frames": "audio"}
+        return cls(model.eval(), frozenset(kinds[medium] for medium in family.media.values()))
+
+    def answer(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> Iterator[str]:
+        """The next turn of a conversation, piece by piece.
+
+        Args:
+            messages: as `MegrezO.chat` takes them.
+            max_new_tokens: tokens of the answer at most.
+            temperature: 0 = always the likeliest token.
+            options: others of `MegrezO.chat` (top_p, repetition_penalty, ...).
+
+        Raises:
+            BadRecord: where a message or its media cannot be used.
+        """
+        return self.model.chat(
+            messages,
+            sampling=temperature > 0,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stream=True,
+            **options,
         )
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -91,8 +91,9 @@ def answer(
 
 def _search(call: Call, search: LocalSearch) -> Searched:
     query = call.arguments.get("query")
-    is_known = call.name == WEB_SEARCH["name"] and isinstance(query, str)
-    return Searched(str(query), search(query) if is_known else [])
+    if call.name != WEB_SEARCH["name"] or not isinstance(query, str):
+        return Searched(str(query), [])
+    return Searched(query, search(query))
 
 
 def _next_turn(model: Any, messages: Sequence[Mapping[str, Any]], generation: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from train.modules.attention import Segments
+from train.modules.chatting import ChatMixin
 from train.modules.llm import packed_hidden_states
 from train.modules.loss import token_losses
 from train.schema import Batch
@@ -26,7 +27,7 @@ class PackedOutput(ModelOutput):
     """float32 (M,): cross-entropy of each supervised token, unweighted, without a graph."""
 
 
-class PackedModel:
+class PackedModel(ChatMixin):
     """Mixed into a transformers model whose language model is `llm`: a Llama, or what has a Llama's parts.
 
     `call_every_module` says whether a tower for which a batch has no input runs on a dummy: None means while
