@@ -2,7 +2,7 @@
 
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any
 
 from train.data.functions import WEB_SEARCH, Call, Found, observation_text, read_call, system_text
 from train.errors import OmniTuneError
+
+Message = Mapping[str, Any]
 
 RESULTS = 3
 """Passages that a search gives at most."""
@@ -56,36 +58,26 @@ class Searched:
 
 
 def answer(
-    model: Any,
-    messages: Sequence[Mapping[str, Any]],
-    search: LocalSearch,
-    *,
-    now: datetime,
-    **generation: Any,
+    next_turn: Callable[[list[Message]], str], messages: Sequence[Message], search: LocalSearch, *, now: datetime
 ) -> Iterator[Searched | str]:
     """The model's searches as they are made, and at last its answer.
 
-    model: has `processor`, and a `generate` of prompts; its family must know function calls.
+    next_turn: what the model says to a conversation, the special tokens of a call spelled out.
     messages: the conversation up to a question. Where it has no system turn, one that offers the search is put first.
     now: the time that the model is told.
-    generation: options of the model's `generate`.
-
-    Raises BadRecord where the model's family knows no observations.
     """
-    talk: list[Mapping[str, Any]] = list(messages)
+    talk = list(messages)
     if not talk or talk[0]["role"] != "system":
         talk.insert(0, {"role": "system", "content": system_text([WEB_SEARCH], now)})
+    said = next_turn(talk)
     for _ in range(MAX_CALLS):
-        said = _next_turn(model, talk, generation)
-        call = read_call(said)
-        if call is None:
+        if (call := read_call(said)) is None:
             break
         searched = _search(call, search)
         yield searched
         observation = {"role": "observation", "content": observation_text(searched.results)}
         talk += [{"role": "assistant", "content": said}, observation]
-    else:
-        said = _next_turn(model, talk, generation)
+        said = next_turn(talk)
     yield said.strip()
 
 
@@ -94,14 +86,6 @@ def _search(call: Call, search: LocalSearch) -> Searched:
     if call.name != WEB_SEARCH["name"] or not isinstance(query, str):
         return Searched(str(query), [])
     return Searched(query, search(query))
-
-
-def _next_turn(model: Any, messages: Sequence[Mapping[str, Any]], generation: Mapping[str, Any]) -> str:
-    """With the special tokens of a call spelled out."""
-    processor = model.processor
-    batch = processor.prompts([messages], max_tokens=model.config.max_position_embeddings)
-    [ids] = model.generate(batch.to(model.device), **generation)
-    return processor.tokenizer.decode(ids)
 
 
 def _passages(file: Path) -> Iterator[Found]:

@@ -3,6 +3,7 @@
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from tests.runs import ROOT
 from tests.unit.data.builders import make_tokenizer
 from train.data.functions import WEB_SEARCH, Call, Found, system_text
 from train.data.text import MegrezTextProcessor, MiniCPMProcessor
-from train.errors import BadRecord, OmniTuneError
-from train.inference.search import MAX_CALLS, RESULTS, LocalSearch, Searched, answer
+from train.errors import OmniTuneError
+from train.inference.chat import Chat
+from train.inference.search import MAX_CALLS, RESULTS, LocalSearch, Searched
+from train.modules.chatting import ChatMixin
 
 NOW = datetime(2026, 11, 20, 12)
 QUESTION = [{"role": "user", "content": "Where does tea grow?"}]
@@ -59,40 +62,38 @@ def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
         LocalSearch(tmp_path)
 
 
-class Scripted:
+class Scripted(ChatMixin):
     """Says what it is told to, and keeps what it was asked."""
 
     device = "cpu"
     config = SimpleNamespace(max_position_embeddings=4096)
 
-    def __init__(self, *turns: str, processor=None):
+    def __init__(self, *turns: str, processor: Any = None):
         self.processor = processor or MegrezTextProcessor(make_tokenizer())
         self.turns = list(turns)
         self.prompts: list[str] = []
-        self.options: list[dict] = []
 
     def generate(self, batch, **options):
+        assert options == {"max_new_tokens": 7, "do_sample": False}
         self.prompts.append(self.processor.tokenizer.decode(batch.input_ids))
-        self.options.append(options)
         return [torch.tensor(self.processor.tokenizer(self.turns.pop(0))["input_ids"])]
 
 
-def search(texts: Path, model: Scripted, **options) -> list[Searched | str]:
-    return list(answer(model, QUESTION, LocalSearch(texts), now=NOW, **options))
+def search(texts: Path, model: Scripted) -> list[Searched | str]:
+    return list(Chat(model, frozenset()).answer_by_search(QUESTION, LocalSearch(texts), max_new_tokens=7))
 
 
-def test_the_model_searches_reads_and_answers(texts: Path) -> None:
+def test_the_model_searches_reads_and_answers(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.inference.chat.datetime", SimpleNamespace(now=lambda: NOW))
     call = Call("web_search", {"query": "tea hills"}).text
     model = Scripted(call, "On hills [citation:1].")
-    results = LocalSearch(texts)("tea hills")
-    assert search(texts, model, max_new_tokens=7) == [Searched("tea hills", results), "On hills [citation:1]."]
+    assert search(texts, model) == [Searched("tea hills", LocalSearch(texts)("tea hills")), "On hills [citation:1]."]
     asked = f"<|role_start|>system<|role_end|>{system_text([WEB_SEARCH], NOW)}<|turn_end|>"
     asked += "<|role_start|>user<|role_end|>Where does tea grow?<|turn_end|><|role_start|>assistant<|role_end|>"
     assert model.prompts[0] == asked
     assert model.prompts[1].startswith(
         f"{asked}{call}<|turn_end|><|role_start|>observation<|role_end|>[1] Tea\nTea grows"
     )
-    assert model.options == [{"max_new_tokens": 7}] * 2
 
 
 def test_a_plain_answer_needs_no_search(texts: Path) -> None:
@@ -113,10 +114,5 @@ def test_searches_end(texts: Path) -> None:
 
 def test_a_family_without_functions_is_refused(texts: Path) -> None:
     processor = MiniCPMProcessor.from_pretrained(ROOT / "data/tiny_minicpm")
-    model = Scripted(
-        "<|function_start|>" + '{"name": "web_search", "arguments": {"query": "tea"}}' + "<|function_end|>"
-    )
-    model.processor, spoken = processor, model.turns
-    model.generate = lambda batch, **_: [torch.tensor(processor.tokenizer(spoken[0])["input_ids"][1:])]
-    with pytest.raises(BadRecord, match="have no role 'observation'"):
-        search(texts, model)
+    with pytest.raises(OmniTuneError, match="knows no function calls"):
+        search(texts, Scripted(processor=processor))
