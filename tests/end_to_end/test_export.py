@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import train.auto  # noqa: F401
 from tests.end_to_end import agreement
 from tests.runs import ROOT, SAMPLE, build_here, clean_environment, write_records, write_small_model
+from train.commands.main import main as omnitune
 from train.engine.build import Run
 from train.inference.export import write_random_model
 
@@ -130,6 +131,24 @@ def test_chat_needs_this_project_as_little(
     assert answer == repr(here.chat([{"role": "user", "content": content}], max_new_tokens=4))
     assert "it has 8000 samples a second, and soxr, which would resample it, is not installed" in refusal
     assert "`pip install soxr`" in refusal
+
+
+def test_the_command_checks_by_other_records_where_the_runs_are_gone(
+    said: dict[str, Any], folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folders["lora"]
+    held_out = (run.parent / "eval.jsonl").rename(tmp_path / "moved.jsonl")
+    words = ["export", str(run), "--out", str(tmp_path / "out"), "--with-code"]
+    with pytest.raises(SystemExit, match=r"there is no file '.*eval.jsonl'; name one with --data"):
+        omnitune(words)
+    omnitune([*words, "--data", str(held_out), "--root", str(SAMPLE)])
+    assert "exported" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert (report["mode"], report["step"], report["records"], report["ok"]) == ("lora, merged", 2, 2, True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in (run / "export").iterdir()}
+    with pytest.raises(SystemExit, match="is not empty"):
+        omnitune([*words, "--data", str(held_out), "--root", str(SAMPLE)])
 
 
 def published(folder: Path) -> Path:

@@ -151,7 +151,7 @@ class RecordSet:
         batch, bad = self.batch([index for _, index in shortest.values()])
         if not batch.records:
             why = f"; the first: {bad[0].reason}" if bad else ""
-            raise OmniTuneError(f"none of {_LOOKED_AT} records of '{self.specs[0].path}' and others can be used{why}")
+            raise OmniTuneError(f"none of the records in '{self.specs[0].path}' that were looked at can be used{why}")
         return batch
 
     def batch(

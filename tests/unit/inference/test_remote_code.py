@@ -12,11 +12,12 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 from train.errors import OmniTuneError
 from train.families.megrezo import MEGREZO
+from train.families.text import MINICPM
 from train.inference.remote_code import add_remote_code, flat_files
 
 ROOT = Path(__file__).resolve().parents[3]
-FILES = flat_files(MEGREZO)
-ENTRY = "modeling_megrezo.py"
+ENTRIES = {"modeling_megrezo.py": flat_files(MEGREZO), "modeling_minicpm.py": flat_files(MINICPM)}
+FILES = {name: source for files in ENTRIES.values() for name, source in files.items()}
 INSTALLED = {"torch", "transformers", "PIL", "soundfile", "numpy", "tokenizers"}
 """What torch, transformers, Pillow and soundfile bring."""
 
@@ -31,7 +32,7 @@ def source_of(name: str) -> Path:
     return found
 
 
-@pytest.mark.parametrize("name", sorted(FILES.keys() - {ENTRY}))
+@pytest.mark.parametrize("name", sorted(FILES.keys() - ENTRIES.keys()))
 def test_a_flat_file_is_its_source(name: str) -> None:
     flat, source = FILES[name].splitlines(), source_of(name).read_text(encoding="utf-8").splitlines()
     assert len(flat) == len(source)
@@ -54,10 +55,11 @@ def test_a_flat_file_needs_nothing_that_is_absent(name: str, tmp_path: Path) -> 
     assert set(get_imports(tmp_path / name)) <= INSTALLED | set(sys.stdlib_module_names)
 
 
-def test_transformers_finds_every_file_from_the_entry(tmp_path: Path) -> None:
-    for name, source in FILES.items():
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_transformers_finds_every_file_from_the_entry(entry: str, tmp_path: Path) -> None:
+    for name, source in ENTRIES[entry].items():
         (tmp_path / name).write_text(source)
-    assert {Path(path).name for path in get_relative_import_files(tmp_path / ENTRY)} == FILES.keys() - {ENTRY}
+    assert {Path(path).name for path in get_relative_import_files(tmp_path / entry)} == ENTRIES[entry].keys() - {entry}
 
 
 def test_settings_name_the_classes(tmp_path: Path) -> None:
@@ -71,7 +73,7 @@ def test_settings_name_the_classes(tmp_path: Path) -> None:
     assert config["auto_map"]["AutoModel"] == "modeling_megrezo.MegrezO"
     assert pictures["auto_map"]["AutoProcessor"] == "modeling_megrezo.MegrezOProcessor"
     assert pictures["scale_resolution"] == 448
-    assert {path.name for path in tmp_path.glob("*.py")} == FILES.keys()
+    assert {path.name for path in tmp_path.glob("*.py")} == ENTRIES["modeling_megrezo.py"].keys()
 
 
 def test_a_family_of_transformers_own_classes_has_no_code_to_carry(tmp_path: Path) -> None:
