@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import soxr
 import torch
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
@@ -68,7 +67,7 @@ def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray
                 decoded = _decode_by_sndfile(sound, _frames(max_samples, rate))
         except soundfile.LibsndfileError:
             decoded, rate = _decode_by_av(file, max_samples)
-        clip = decoded if rate == SAMPLE_RATE else soxr.resample(decoded, rate, SAMPLE_RATE)
+        clip = decoded if rate == SAMPLE_RATE else _resampled(decoded, rate)
         peak = np.abs(clip).max(initial=0)
         if not peak <= MAX_PEAK:  # neither is NaN
             raise BadRecord(f"it holds samples that are not numbers or no sound (up to {peak:g}); replace it")
@@ -102,6 +101,17 @@ def log_mel(clip: np.ndarray, feature_extractor: WhisperFeatureExtractor) -> Ten
     return torch.from_numpy(features["input_features"][0, :, : mel_frames(len(clip))].copy())
 
 
+def _resampled(clip: np.ndarray, rate: int) -> np.ndarray:
+    try:
+        import soxr
+    except ImportError:  # a model folder that carries this code loads without it
+        raise BadRecord(
+            f"it has {rate} samples a second, and soxr, which would resample it, is not installed; "
+            f"`pip install soxr`, or convert it to {SAMPLE_RATE} a second"
+        ) from None
+    return soxr.resample(clip, rate, SAMPLE_RATE)
+
+
 def _frames(max_samples: int | None, rate: int) -> int:
     """Frames to decode at `rate` for so many samples at 16 kHz, with a margin for the resampler; -1 = all."""
     return -1 if max_samples is None else int((max_samples / SAMPLE_RATE + 0.5) * rate)
@@ -131,15 +141,20 @@ def _decode_by_sndfile(sound: soundfile.SoundFile, frames: int) -> np.ndarray:
     return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 
-@contextmanager
-def _opened_by_av(file: Any) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and its first audio stream."""
+def _av() -> Any:
     try:
         import av
     except ImportError:
         raise BadRecord(
             "soundfile does not know its format, and PyAV, which may, is not installed (`pip install av`)"
         ) from None
+    return av
+
+
+@contextmanager
+def _opened_by_av(file: Any) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and its first audio stream."""
+    av = _av()
     head = head_of(file)
     try:
         with av.open(file, options={"format_whitelist": _AV_FORMATS}) as container:
@@ -159,9 +174,7 @@ def _opened_by_av(file: Any) -> Iterator[tuple[Any, Any]]:
 def _decode_by_av(file: Any, max_samples: int | None) -> tuple[np.ndarray, int]:
     """Mono samples, float32, and their rate."""
     with _opened_by_av(file) as (container, stream):
-        import av
-
-        to_planes = av.AudioResampler(format="fltp")
+        to_planes = _av().AudioResampler(format="fltp")
         rate, limit = stream.rate, _frames(max_samples, stream.rate)
         pieces, total = [], 0
         for frame in container.decode(stream):
