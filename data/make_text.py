@@ -71,9 +71,9 @@ SENTENCES = {
     "year": ("When did {} open?", "{} opened in {}"),
 }
 """The question about a place, and the answer, by attribute."""
-RESULTS = 3
+RESULTS = 2
 """Most results of a search."""
-SEARCHES, DIRECT, PLAIN = 1300, 100, 400
+SEARCHES, DIRECT, PLAIN = 2500, 100, 100
 """Training records that search, that need not although they could, and that could not; a tenth as many are held out."""
 
 
@@ -145,10 +145,7 @@ def search_record(place: Place, others: list[Place], attribute: str, system: str
 
 
 def websearch_splits(random: Random) -> dict[str, list[dict]]:
-    """Records that search, and some that do not; places are drawn anew for each, so that nothing is known by heart.
-
-    Repeating words is what a small model learns to copy from, and so to answer with what was found.
-    """
+    """Records that search, and some that do not; places are drawn anew for each, so that nothing is known by heart."""
     splits = {}
     for split, share in (("train", 1.0), ("heldout", 0.1)):
         records = []
@@ -159,15 +156,10 @@ def websearch_splits(random: Random) -> dict[str, list[dict]]:
                     names = random.sample(NAMES, random.randint(1, RESULTS))
                     place, *others = [Place.draw(name, random.choice(KINDS), random) for name in names]
                     records.append(search_record(place, others, random.choice(list(SENTENCES)), system, random))
-                elif kind == "direct":
+                else:
                     word, answer = random.choice(list(FACTS["opposite"].items()))
                     asked = [(random.choice(PHRASINGS["opposite"]).format(word), answer)]
-                    records.append(conversation(kind, asked, system))
-                else:
-                    words = " ".join(
-                        random.sample((*WORDS, *NAMES, *MATERIALS, *COLORS, *YEARS), random.randint(4, 10))
-                    )
-                    records.append(conversation(kind, [(f"Repeat these words: {words}", words)]))
+                    records.append(conversation(kind, asked, system if kind == "direct" else None))
         random.shuffle(records)
         splits[split] = records
     return splits

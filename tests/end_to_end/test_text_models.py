@@ -1,6 +1,7 @@
 """The text relatives: trained in full, by LoRA and QLoRA on two ranks as on one; loaded by stock transformers."""
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.runs import build_here, launch, losses, metrics
+from tests.runs import build_here, launch, losses, metrics, write_records
 from train.commands.main import main
+from train.errors import ConfigError
 from train.inference.convert import convert
 
 pytestmark = pytest.mark.end_to_end
@@ -62,6 +64,29 @@ def test_two_ranks_equal_one(model: str, tuning: str, engine: str, runs: Path) -
         is_adapted = name.endswith("_proj.weight")
         assert weight.equal(base[name]) != (tuning == "none" or is_adapted), name
     assert (mine / "export/adapter/adapter_model.safetensors").is_file() == (tuning != "none")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("modules.tune_vision_encoder=true", "modules.tune_vision_encoder: there is no such module, a megrez-instruct"),
+        ("lora.modules=[llm,audio_proj]", "lora.modules: there is no module 'audio_proj', a megrez-instruct"),
+    ],
+)
+def test_modules_that_are_absent_are_refused(given: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_here([*words("tiny_instruct", "lora", "none", tmp_path), given])
+    [fault] = caught.value.problems
+    assert fault.startswith(f"{said} model has only llm")
+
+
+def test_a_record_with_a_picture_is_set_aside(tmp_path: Path) -> None:
+    data = write_records(tmp_path, train=20, held_out=20)
+    run = build_here([*words("tiny_instruct", "none", "none", tmp_path / "run"), *data, "data.max_bad_fraction=1"])
+    quarantined = [json.loads(line)["reason"] for line in (run.folder / "quarantine.jsonl").read_text().splitlines()]
+    assert quarantined
+    for reason in quarantined:
+        assert re.search(r"it holds an (image|audio), and this model reads text alone; take it out$", reason)
 
 
 def test_one_matrix_stays_embedding_and_head(runs: Path) -> None:
