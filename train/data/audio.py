@@ -68,11 +68,16 @@ def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray
                 decoded = _decode_by_sndfile(sound, _frames(max_samples, rate))
         except soundfile.LibsndfileError:
             decoded, rate = _decode_by_av(file, max_samples)
-        clip = decoded if rate == SAMPLE_RATE else soxr.resample(decoded, rate, SAMPLE_RATE)
-        peak = np.abs(clip).max(initial=0)
-        if not peak <= MAX_PEAK:  # neither is NaN
-            raise BadRecord(f"it holds samples that are not numbers or no sound (up to {peak:g}); replace it")
-        return clip
+        return resampled(decoded, rate)
+
+
+def resampled(decoded: np.ndarray, rate: int) -> np.ndarray:
+    """Mono samples at any rate as a clip at 16 kHz: float32 (samples,); BadRecord if they are no sound."""
+    clip = decoded if rate == SAMPLE_RATE else soxr.resample(decoded, rate, SAMPLE_RATE)
+    peak = np.abs(clip).max(initial=0)
+    if not peak <= MAX_PEAK:  # neither is NaN
+        raise BadRecord(f"it holds samples that are not numbers or no sound (up to {peak:g}); replace it")
+    return clip
 
 
 def fit_clip(clip: np.ndarray, samples: int, tolerance: float) -> np.ndarray:
