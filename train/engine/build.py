@@ -33,7 +33,6 @@ from train.engine.quarantine import Quarantine
 from train.engine.state import trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
-from train.engine.tracking import WandbTracker
 from train.engine.trainer import Rhythm, Trainer
 from train.errors import ConfigError
 from train.families import Family, find
@@ -346,6 +345,8 @@ def _observers(options: Options, resolved: dict[str, Any], folder: Path, trainer
     if options.debug.profile_steps:
         observers.append(Profiler(folder / "trace.json", options.debug.profile_steps))
     if options.tracker.name is Tracker.wandb:
+        from train.engine.tracking import WandbTracker  # wandb takes a second to import
+
         observers.append(WandbTracker(options.tracker, name=options.run.name, folder=folder, config=resolved))
     return observers
 
