@@ -29,12 +29,13 @@ def main(model: str, conversations: str, answers: str, max_tokens: str) -> None:
     written = []
     for request, again in zip(first, second, strict=True):
         prompt = list(request.prompt_token_ids)
+        distributions = zip(request.prompt_logprobs, prompt, strict=True)
         ids, logprobs = answer(request)
         cached_ids, cached_logprobs = answer(again)
         written.append(
             {
                 "prompt_ids": prompt,
-                "prompt_logprobs": [of[token].logprob for of, token in zip(request.prompt_logprobs[1:], prompt[1:])],
+                "prompt_logprobs": [of[token].logprob for of, token in distributions if of],
                 "ids": ids,
                 "logprobs": logprobs,
                 "cached_ids": cached_ids,
