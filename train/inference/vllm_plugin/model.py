@@ -29,11 +29,11 @@ class ServedMegrezO(nn.Module, SupportsMultiModal):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
-        with self._mark_tower_model(vllm_config, "image"):
+        with self._mark_tower_model(vllm_config, "image"):  # type: ignore[operator]
             self.vision = Vision(config)
-        with self._mark_tower_model(vllm_config, "audio"):
+        with self._mark_tower_model(vllm_config, "audio"):  # type: ignore[operator]
             self.audio = Audio(config)
-        with self._mark_language_model(vllm_config):
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.llm = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=config.llama_config(),
