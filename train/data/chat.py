@@ -217,12 +217,14 @@ MINICPM_TEMPLATE_JINJA = """\
 {%- endif -%}
 {%- if message['role'] == 'user' -%}
 {{- '<用户>' ~ content.strip() ~ '<AI>' -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- ' ' ~ content.strip() ~ eos_token -}}
 {%- else -%}
-{{- content.strip() ~ (eos_token if message['role'] == 'assistant' else '') -}}
+{{- content.strip() -}}
 {%- endif -%}
 {%- endfor -%}
 """
-"""MINICPM_TEMPLATE for `tokenizer.apply_chat_template`."""
+"""MINICPM_TEMPLATE for `tokenizer.apply_chat_template`; the space is the one that sentencepiece begins a text with."""
 
 
 class TextEncoder:
