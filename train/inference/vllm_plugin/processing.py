@@ -6,6 +6,7 @@ those that training saw, and the media become patches and log-mel frames.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -47,7 +48,7 @@ class MediaParser(MultiModalDataParser):
         self._processor = processor
 
     def _parse_image_data(self, data: Any) -> Any:
-        pictures = [data] if isinstance(data, Image.Image | MediaWithBytes) else data
+        pictures = [data] if isinstance(data, Image.Image | MediaWithBytes | np.ndarray) else data
         return super()._parse_image_data([_picture(item) for item in pictures] if isinstance(pictures, list) else data)
 
     def _get_audio_with_sr(self, audio: Any) -> tuple[np.ndarray, None]:
@@ -63,11 +64,12 @@ class MediaParser(MultiModalDataParser):
 
 def _picture(item: Any) -> Any:
     """A picture as training would see it; vLLM lays transparency on white, and reduces 16 bits, in ways of its own."""
-    if isinstance(item, MediaWithBytes) and item.io_config is not None:  # vLLM has converted it
-        return MediaWithBytes(load_picture(item.original_bytes), item.original_bytes, item.io_config)
-    if isinstance(item, Image.Image):
-        return to_rgb(normalize_image(item))
-    return item
+    if isinstance(item, MediaWithBytes):
+        is_converted = item.io_config is not None
+        return replace(item, media=load_picture(item.original_bytes)) if is_converted else item
+    if isinstance(item, np.ndarray):  # (height, width, 3)
+        item = Image.fromarray(item)
+    return to_rgb(normalize_image(item)) if isinstance(item, Image.Image) else item
 
 
 class ProcessingInfo(BaseProcessingInfo):
