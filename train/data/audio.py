@@ -67,11 +67,16 @@ def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray
                 decoded = _decode_by_sndfile(sound, _frames(max_samples, rate))
         except soundfile.LibsndfileError:
             decoded, rate = _decode_by_av(file, max_samples)
-        clip = decoded if rate == SAMPLE_RATE else _resampled(decoded, rate)
-        peak = np.abs(clip).max(initial=0)
-        if not peak <= MAX_PEAK:  # neither is NaN
-            raise BadRecord(f"it holds samples that are not numbers or no sound (up to {peak:g}); replace it")
-        return clip
+        return resampled(decoded, rate)
+
+
+def resampled(decoded: np.ndarray, rate: int) -> np.ndarray:
+    """Mono samples at any rate as a clip at 16 kHz: float32 (samples,); BadRecord if they are no sound."""
+    clip = decoded if rate == SAMPLE_RATE else _by_soxr(decoded, rate)
+    peak = np.abs(clip).max(initial=0)
+    if not peak <= MAX_PEAK:  # neither is NaN
+        raise BadRecord(f"it holds samples that are not numbers or no sound (up to {peak:g}); replace it")
+    return clip
 
 
 def fit_clip(clip: np.ndarray, samples: int, tolerance: float) -> np.ndarray:
@@ -101,7 +106,7 @@ def log_mel(clip: np.ndarray, feature_extractor: WhisperFeatureExtractor) -> Ten
     return torch.from_numpy(features["input_features"][0, :, : mel_frames(len(clip))].copy())
 
 
-def _resampled(clip: np.ndarray, rate: int) -> np.ndarray:
+def _by_soxr(clip: np.ndarray, rate: int) -> np.ndarray:
     try:
         import soxr
     except ImportError:  # a model folder that carries this code loads without it
