@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests.answers import openai_messages, own_answers
 from tests.builders import randomize
-from tests.runs import ROOT, SAMPLE, clean_environment, environment_python
+from tests.runs import ROOT, SAMPLE, build_here, clean_environment, environment_python
 from train.commands.main import main
 from train.data.records import parse_record
 from train.families import find
@@ -122,9 +122,9 @@ def mixed() -> list[Record]:
     ]
 
 
-def test_the_offline_api_agrees_with_our_model(python: Path, model: Path, tmp_path: Path) -> None:
-    conversations = held_out() + mixed()
-    asked, answered = tmp_path / "asked.json", tmp_path / "answered.json"
+def check_agreement(python: Path, model: Path, conversations: list[Record], folder: Path) -> None:
+    """Insist that the offline API gives the tokens and log-probabilities of our own model."""
+    asked, answered = folder / "asked.json", folder / "answered.json"
     asked.write_text(json.dumps([openai_messages(conversation) for conversation in conversations]))
     script = ROOT / "tests" / "end_to_end" / "vllm_answers.py"
     command = [python, script, model, asked, answered, str(MAX_TOKENS)]
@@ -141,6 +141,22 @@ def test_the_offline_api_agrees_with_our_model(python: Path, model: Path, tmp_pa
         assert found["cached_logprobs"] == pytest.approx(own["logprobs"], abs=TOLERANCE)
         assert found["cached_tokens"] == (len(own["prompt_ids"]) - 1) // BLOCK * BLOCK  # the last token is computed
     assert sum(len(own["ids"]) for own in expected) > len(expected) * MAX_TOKENS / 2
+
+
+def test_the_offline_api_agrees_with_our_model(python: Path, model: Path, tmp_path: Path) -> None:
+    check_agreement(python, model, held_out() + mixed(), tmp_path)
+
+
+@pytest.mark.parametrize(("tiny", "tuning"), [("tiny_instruct", "none"), ("tiny_minicpm", "lora")])
+def test_exports_of_text_models_agree(tiny: str, tuning: str, python: Path, tmp_path: Path) -> None:
+    """Served by vLLM's own classes; prompts with a system turn, several turns and other alphabets."""
+    words = [f"model={tiny}", "data=text", "data.eval=[]", f"lora={tuning}", f"run.dir={tmp_path / 'run'}"]
+    run = build_here([*words, "run.max_steps=3", "run.save_every=0"])
+    run.trainer.fit()
+    first, answer = ask("What is the opposite of hot?"), Turn("assistant", (Part("text", "cold"),))
+    system = Turn("system", (Part("text", "Answer in one word."),))
+    conversations = [Record((first,)), Record((system, first)), Record((first, answer, ask("再说一遍 piano.")))]
+    check_agreement(python, run.export(), conversations, tmp_path)
 
 
 @pytest.fixture(scope="module")
