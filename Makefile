@@ -4,10 +4,10 @@
 VENV ?= .venv
 export OMNITUNE_VENV := $(VENV)
 RUN := $(VENV)/bin/
-TESTS := OMP_NUM_THREADS=1 $(RUN)pytest -q -n 2 --dist loadfile -m "not gpu and not exhaustive"
+TESTS := OMP_NUM_THREADS=1 $(RUN)pytest -q -n 2 -m "not gpu and not exhaustive"
 
 test: check
-	$(TESTS) tests/end_to_end
+	$(TESTS) --dist loadfile tests/end_to_end
 
 check: setup
 	$(RUN)ruff check .
