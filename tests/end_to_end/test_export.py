@@ -4,7 +4,6 @@ The last one runs in an environment that `tests/environments.sh plain` makes.
 """
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import train.auto  # noqa: F401
 from tests.end_to_end import agreement
-from tests.runs import ROOT, SAMPLE, build_here, clean_environment, write_records, write_small_model
+from tests.runs import SAMPLE, build_here, clean_environment, environment_python, write_records, write_small_model
 from train.commands.main import main as omnitune
 from train.engine.build import Run
 from train.inference.export import write_random_model
@@ -43,8 +42,7 @@ def words(folder: Path, out: str) -> list[str]:
 @pytest.fixture(scope="module")
 def plain() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the Python of an environment of torch, transformers, Pillow and soundfile alone, in an empty folder."""
-    subprocess.run([ROOT / "tests" / "environments.sh", "plain"], check=True)
-    python = ROOT / os.environ.get("OMNITUNE_VENVS", ".venvs") / "plain" / "bin" / "python"
+    python = environment_python("plain")
 
     def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
         environment = clean_environment() | {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
