@@ -47,6 +47,7 @@ def page(chat: Chat, *, title: str, max_new_tokens: int, temperature: float, top
         file_types=sorted(chat.media) or None,
         sources=[*(["upload"] if chat.media else []), *(["microphone"] if "audio" in chat.media else [])],
         show_label=False,
+        stop_btn=True,
     )
     top_p = top_p or chat.model.generation_config.top_p or 1.0
     longest = max(chat.model.config.max_position_embeddings, max_new_tokens)
