@@ -1,23 +1,23 @@
-"""Makes the folder of the tiny model: its configuration and tokenizer, without weights.
+"""Makes the folders of the tiny models: configuration and tokenizer, without weights.
 
-    python data/make_tiny.py [--sample data/sample] [--out data/tiny]
+    python data/make_tiny.py [--data data]
 
-The model has the architecture of Megrez-3B-Omni with about 2.3 million parameters. Its byte-level tokenizer
-knows the words of the sample as single tokens, and spells any other text in bytes.
+They have the architectures of Megrez-3B-Omni (`tiny`), Megrez-3B-Instruct (`tiny_instruct`) and MiniCPM-2B
+(`tiny_minicpm`). Their tokenizers know the words of the samples as single tokens, and spell any other text in bytes.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train.data.chat import CHAT_TEMPLATE_JINJA, DEFAULT_SYSTEM_PROMPT
+from train.data.chat import CHAT_TEMPLATE_JINJA, DEFAULT_SYSTEM_PROMPT, MINICPM_TEMPLATE_JINJA
+from train.data.readers import open_source
 
 SPECIAL_TOKENS = (
     *("<|eos|>", "<|unk|>", "<|pad|>", "<|role_start|>", "<|role_end|>", "<|turn_end|>"),
@@ -34,6 +34,8 @@ TEMPLATE_TEXTS = (
 )
 """What the chat template and the prompts of the published model add to a record's own texts."""
 
+LLAMA_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+
 MAX_VOCABULARY = 1000
 """Upper limit of the vocabulary, before the special tokens."""
 
@@ -44,22 +46,23 @@ INITIAL_STD = 0.08
 """Of random weights: about 1/√width, so that a layer hands on as much as it gets."""
 
 
-def texts(sample: Path) -> Iterator[str]:
-    """Every text of the training records, and those of the template."""
-    for line in (sample / "train.jsonl").read_text(encoding="utf-8").splitlines():
-        for turn in json.loads(line)["conversations"]:
-            yield turn["content"].get("text", "")
-    yield from TEMPLATE_TEXTS
+def texts(file: Path) -> list[str]:
+    """Every text of a file of records."""
+    source = open_source(file)
+    records = [source[row] for row in range(len(source))]
+    turns = [turn for record in records for turn in record.get("messages") or record["conversations"]]
+    contents = [turn["content"] for turn in turns]
+    return [content if isinstance(content, str) else content.get("text", "") for content in contents]
 
 
-def corpus(sample: Path) -> list[str]:
-    """The texts, and each word of them at the beginning of a text and after a space."""
-    found = list(texts(sample))
+def corpus(found: list[str]) -> list[str]:
+    """The texts and the template's, and each word of them at the beginning of a text and after a space."""
+    found = [*found, *TEMPLATE_TEXTS]
     words = sorted({word for text in found for word in re.findall(r"\w+", text)})
     return found + 2 * (list(TEMPLATE_TEXTS) + words + [f" {word}" for word in words])
 
 
-def make_tokenizer(sample: Path) -> Tokenizer:
+def byte_level_tokenizer(found: list[str]) -> Tokenizer:
     """Byte-level BPE that keeps every text as it is; the special tokens follow the vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,15 +73,37 @@ def make_tokenizer(sample: Path) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(sample), trainer)
+    tokenizer.train_from_iterator(corpus(found), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 
 
-def model_config(tokenizer: Tokenizer) -> dict:
+def llama_tokenizer(found: list[str]) -> Tokenizer:
+    """BPE in the manner of sentencepiece: special tokens and bytes come first, and a text begins with a space."""
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Punctuation()]
+    )
+    learner.train_from_iterator(
+        corpus([*found, "<用户>", "<AI>"]), trainers.BpeTrainer(vocab_size=MAX_VOCABULARY, show_progress=False)
+    )
+    learned = json.loads(learner.to_str())["model"]
+    first = [*LLAMA_SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {token: index for index, token in enumerate([*first, *learned["vocab"]])}
+    merges = [tuple(merge) for merge in learned["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in LLAMA_SPECIAL_TOKENS])
+    return tokenizer
+
+
+def llm_config(tokenizer: Tokenizer) -> dict:
+    """What the models have in common."""
     return {
-        "architectures": ["MegrezO"],
-        "model_type": "megrezo",
         "dtype": "float32",
         "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
         "hidden_size": 128,
@@ -89,13 +114,28 @@ def model_config(tokenizer: Tokenizer) -> dict:
         "intermediate_size": 384,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
-        "rope_theta": 5e6,
         "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
         "initializer_range": INITIAL_STD,
+    }
+
+
+def megrez_config(tokenizer: Tokenizer) -> dict:
+    """A Llama in Megrez's manner."""
+    return llm_config(tokenizer) | {
+        "rope_theta": 5e6,
+        "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": tokenizer.token_to_id("<|turn_end|>"),
         "pad_token_id": tokenizer.token_to_id("<|pad|>"),
+    }
+
+
+def omni_config(tokenizer: Tokenizer) -> dict:
+    """The Llama with both towers."""
+    return {
+        "architectures": ["MegrezO"],
+        "model_type": "megrezo",
+        **megrez_config(tokenizer),
         "query_num": QUERIES,
         "patch_size": PATCH,
         "vision_batch_size": 8,
@@ -134,19 +174,57 @@ PREPROCESSOR_CONFIG = {
     "image_feature_size": QUERIES,
     "slice_mode": True,
 }
-TOKENIZER_CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "processor_class": "MegrezOProcessor",
-    "bos_token": None,
-    "eos_token": "<|turn_end|>",
-    "pad_token": "<|pad|>",
-    "unk_token": "<|unk|>",
+
+
+def instruct_config(tokenizer: Tokenizer) -> dict:
+    """The Llama alone."""
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **megrez_config(tokenizer)}
+
+
+def minicpm_config(tokenizer: Tokenizer) -> dict:
+    """MiniCPM's scales as published, but that of the logits: 4 as for a model a quarter as wide."""
+    return {
+        "architectures": ["MiniCPMForCausalLM"],
+        "model_type": "minicpm",
+        **llm_config(tokenizer),
+        "num_key_value_heads": 4,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 32,
+    }
+
+
+def megrez_tokenizer_config(**more: str) -> dict:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **more,
+        "bos_token": None,
+        "eos_token": "<|turn_end|>",
+        "pad_token": "<|pad|>",
+        "unk_token": "<|unk|>",
+        "model_max_length": 4096,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+MINICPM_TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "legacy": True,
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
     "model_max_length": 4096,
     "clean_up_tokenization_spaces": False,
 }
 
 
-def generation_config(tokenizer: Tokenizer) -> dict:
+def megrez_generation_config(tokenizer: Tokenizer) -> dict:
     return {
         "eos_token_id": [tokenizer.token_to_id("<|turn_end|>"), tokenizer.token_to_id("<|eos|>")],
         "pad_token_id": tokenizer.token_to_id("<|pad|>"),
@@ -154,23 +232,54 @@ def generation_config(tokenizer: Tokenizer) -> dict:
     }
 
 
+MINICPM_GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "do_sample": False}
+
+
+def write(folder: Path, tokenizer: Tokenizer, chat_template: str, **configs: dict) -> None:
+    """Write a model folder; `configs` by the names of their files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in configs.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    print(f"{folder}: {tokenizer.get_vocab_size()} tokens")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the folder of the tiny model, without weights.")
-    parser.add_argument("--sample", type=Path, default=Path("data/sample"), help="folder of the sample data")
-    parser.add_argument("--out", type=Path, default=Path("data/tiny"), help="folder to write to")
+    parser = argparse.ArgumentParser(description="Make the folders of the tiny models, without weights.")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the samples")
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write the models' folders to")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(args.sample)
-    tokenizer.save(str(args.out / "tokenizer.json"))
-    for name, content in {
-        "config.json": model_config(tokenizer),
-        "generation_config.json": generation_config(tokenizer),
-        "preprocessor_config.json": PREPROCESSOR_CONFIG,
-        "tokenizer_config.json": TOKENIZER_CONFIG,
-    }.items():
-        (args.out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (args.out / "chat_template.jinja").write_text(CHAT_TEMPLATE_JINJA, encoding="utf-8")
-    print(f"{args.out}: {tokenizer.get_vocab_size()} tokens, {len(SPECIAL_TOKENS)} of them special")
+
+    tokenizer = byte_level_tokenizer(texts(args.data / "sample/train.jsonl"))
+    write(
+        args.out / "tiny",
+        tokenizer,
+        CHAT_TEMPLATE_JINJA,
+        config=omni_config(tokenizer),
+        generation_config=megrez_generation_config(tokenizer),
+        preprocessor_config=PREPROCESSOR_CONFIG,
+        tokenizer_config=megrez_tokenizer_config(processor_class="MegrezOProcessor"),
+    )
+    found = texts(args.data / "text/train.json")
+    tokenizer = byte_level_tokenizer(found + texts(args.data / "websearch/train.jsonl"))
+    write(
+        args.out / "tiny_instruct",
+        tokenizer,
+        CHAT_TEMPLATE_JINJA,
+        config=instruct_config(tokenizer),
+        generation_config=megrez_generation_config(tokenizer),
+        tokenizer_config=megrez_tokenizer_config(),
+    )
+    tokenizer = llama_tokenizer(found)
+    write(
+        args.out / "tiny_minicpm",
+        tokenizer,
+        MINICPM_TEMPLATE_JINJA,
+        config=minicpm_config(tokenizer),
+        generation_config=MINICPM_GENERATION_CONFIG,
+        tokenizer_config=MINICPM_TOKENIZER_CONFIG,
+    )
 
 
 if __name__ == "__main__":

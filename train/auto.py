@@ -10,9 +10,12 @@ from transformers import (
 
 from train.data.processor import MegrezOImageProcessor, MegrezOProcessor
 from train.modules.megrezo import MegrezO, MegrezOConfig
+from train.modules.text import MiniCPMConfig, MiniCPMForCausalLM
 
 AutoConfig.register(MegrezOConfig.model_type, MegrezOConfig, exist_ok=True)
 AutoModel.register(MegrezOConfig, MegrezO, exist_ok=True)
 AutoModelForCausalLM.register(MegrezOConfig, MegrezO, exist_ok=True)
+AutoConfig.register(MiniCPMConfig.model_type, MiniCPMConfig, exist_ok=True)
+AutoModelForCausalLM.register(MiniCPMConfig, MiniCPMForCausalLM, exist_ok=True)
 AutoProcessor.register(MegrezOConfig, MegrezOProcessor, exist_ok=True)
 AutoImageProcessor.register(MegrezOConfig, slow_image_processor_class=MegrezOImageProcessor, exist_ok=True)

@@ -52,17 +52,15 @@ def full_product() -> Iterator[Setting]:
 def all_pairs(seed: int) -> Iterator[Setting]:
     """A sample in which any two values of different factors meet.
 
-    Each freeze meets each engine; half the mixes go with full tuning, the other half with LoRA, so that each
-    freeze meets each mix; which engine gets which half is drawn.
+    The mixes are dealt into as many hands as there are engines. Each freeze meets each engine and each hand, and from
+    freeze to freeze an engine takes the next hand.
     """
-    draw = random.Random(seed)
-    for freeze in FREEZES:
-        mixes = draw.sample(MIXES, len(MIXES))
-        half = len(mixes) // 2
-        engines = draw.sample(ENGINES, len(ENGINES))
-        for index, engine in enumerate(engines):
-            lora = index % 2 == 1
-            yield Setting(engine, _names(freeze), lora, tuple(mixes[half:] if lora else mixes[:half]))
+    mixes = random.Random(seed).sample(MIXES, len(MIXES))
+    hands = [tuple(mixes[start :: len(ENGINES)]) for start in range(len(ENGINES))]
+    for number, freeze in enumerate(FREEZES):
+        for index, engine in enumerate(ENGINES):
+            lora = (index + number // len(ENGINES)) % 2 == 1
+            yield Setting(engine, _names(freeze), lora, hands[(index + number) % len(hands)])
 
 
 def pairs_of(settings: list[Setting]) -> set[tuple]:

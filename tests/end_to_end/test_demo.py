@@ -33,13 +33,28 @@ WATCH = """() => {
 }"""
 
 
+HISTORY = """
+import json
+import gradio as gr
+from train.inference.demo import said
+bot = gr.Chatbot()
+question = [{"path": "a.png"}, {"path": "b.opus"}, "What?", "Who?"]
+history = [
+    {"role": "user", "content": question},
+    {"role": "assistant", "content": "A cat."},
+    {"role": "user", "content": [{"path": "broken.png"}]},
+    {"role": "assistant", "content": "It is broken.", "metadata": {"title": "This cannot be answered"}},
+]
+print(json.dumps(said(bot.preprocess(bot.postprocess(history)))))
+"""
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A served page whose model, drawn at random, says random words until its tokens are spent."""
     if not CHROMIUM:
         pytest.skip("there is no Chromium: apt-get install chromium")
-    if not PYTHON.exists():
-        pytest.skip("there is no environment with Gradio: tests/environments.sh demo")
+    subprocess.run([ROOT / "tests" / "environments.sh", "demo"], check=True)
     folder = tmp_path_factory.mktemp("demo")
     export = folder / "export"
     write_random_model(write_small_model(folder), export, seed=0)
@@ -148,3 +163,12 @@ def test_an_answer_can_be_stopped(page: Page) -> None:
     page.ask("Shorter.")
     assert page.answered(before + 2)
     assert page.answers.nth(before).inner_text() == stopped
+
+
+def test_the_model_is_told_what_was_said(address: str) -> None:
+    """Turns with their media, without the question that ended in a notice."""
+    done = subprocess.run([PYTHON, "-c", HISTORY], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == [
+        {"role": "user", "content": {"text": "What?\nWho?", "image": ["a.png"], "audio": ["b.opus"]}},
+        {"role": "assistant", "content": {"text": "A cat.", "image": [], "audio": []}},
+    ]

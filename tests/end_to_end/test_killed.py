@@ -93,6 +93,7 @@ def test_a_killed_run_has_the_losses_of_one_that_was_not(engine: str, processes:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(0)
 def test_twenty_kills(tmp_path: Path) -> None:
     met = 0
     for number, (engine, processes) in enumerate([("none", 1), ("zero2", 2), ("zero3", 2), ("zero2", 1)] * 5):

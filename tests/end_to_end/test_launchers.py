@@ -25,7 +25,7 @@ MAIN = "train/main.py"
 def words(tmp_path: Path) -> list[str]:
     return [
         *("+recipe=full", *write_records(tmp_path), "data.eval=[]", "tracker=none", f"run.dir={tmp_path / 'run'}"),
-        *("run.max_steps=2", "run.packs_per_step=2", "data.max_tokens=256", "data.workers=1"),
+        *("run.max_steps=2", "run.packs_per_step=2", "data.max_tokens=256", "data.workers=0"),
     ]
 
 

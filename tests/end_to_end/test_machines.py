@@ -89,7 +89,7 @@ def machines(venv: Path, tmp_path: Path) -> Iterator[list[Machine]]:
 def words(folder: Path, *more: str) -> list[str]:
     return [
         *("+recipe=full", *write_records(folder, train=60), "data.eval=[]", "tracker=none"),
-        *("run.packs_per_step=3", "data.max_tokens=256", "data.workers=1", "optim.eps=1e-6", *more),
+        *("run.packs_per_step=3", "data.max_tokens=256", "data.workers=0", "optim.eps=1e-6", *more),
     ]
 
 

@@ -71,9 +71,10 @@ def test_the_sample_covers_all_pairs() -> None:
 
 
 def test_two_ranks_equal_one_over_a_sample_of_all_pairs(tmp_path: Path) -> None:
-    assert compare(tmp_path, list(all_pairs(SEED))) == len(ENGINES) * len(FREEZES) * len(MIXES) // 2
+    assert compare(tmp_path, list(all_pairs(SEED))) == len(FREEZES) * len(MIXES)
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(0)
 def test_two_ranks_equal_one_over_the_full_product(tmp_path: Path) -> None:
     assert compare(tmp_path, list(full_product())) == 2 * len(ENGINES) * len(FREEZES) * len(MIXES)

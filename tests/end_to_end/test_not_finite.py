@@ -7,7 +7,7 @@ import torch
 
 from tests.runs import build_here, losses, metrics, succeed, write_records
 from train.errors import TrainingError
-from train.modules.megrezo import PackedOutput
+from train.modules.packed import PackedOutput
 
 pytestmark = pytest.mark.end_to_end
 

@@ -1,6 +1,7 @@
 """Who may import whom: the rules of the house, read from the imports themselves."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,47 @@ def test_imports_keep_to_the_rooms(file: Path) -> None:
         for owner, allowed in OURS.items():
             if within(importer, (owner,)) and room == "train":
                 assert within(imported, allowed), f"{importer} may not import {imported}"
+
+
+MODEL_NAMES = re.compile(r"megrez|minicpm|llama|granite", re.I)
+MODEL_KINDS = {"model_type", "architectures"}
+
+
+def asks_for_the_model(node: ast.AST) -> bool:
+    """Whether a condition looks at a model's name: compares with one, or asks whether something is of its class."""
+    if isinstance(node, ast.Call):
+        is_asked = getattr(node.func, "id", None) in ("isinstance", "issubclass")
+        return is_asked and any(MODEL_NAMES.search(ast.unparse(argument)) for argument in node.args[1:])
+    if not isinstance(node, ast.Compare | ast.match_case):
+        return False
+    parts = list(ast.walk(node if isinstance(node, ast.Compare) else node.pattern))
+    words = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    names = {part.attr for part in parts if isinstance(part, ast.Attribute)} | set(words)
+    return bool(names & MODEL_KINDS) or any(map(MODEL_NAMES.search, words))
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_only_families_ask_for_a_models_name(file: Path) -> None:
+    if within(module_name(file), ("train.families",)):
+        return
+    found = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if asks_for_the_model(node)]
+    assert not found, f"{file}:{getattr(found[0], 'lineno', 0)}: put it into the family's declaration"
+
+
+@pytest.mark.parametrize(
+    ("code", "asks"),
+    [
+        ('if family.name == "minicpm": pass', True),
+        ("x = 1 if config.model_type in KNOWN else 2", True),
+        ('if "Llama" in config["architectures"][0]: pass', True),
+        ("assert isinstance(model, MegrezO)", True),
+        ('match name:\n    case "megrezo": pass', True),
+        ('if engine.name == "ddp": pass', False),
+        ('model = {"minicpm": 1}', False),
+    ],
+)
+def test_the_search_for_models_names_finds_them(code: str, asks: bool) -> None:
+    assert any(map(asks_for_the_model, ast.walk(ast.parse(code)))) == asks
 
 
 def test_the_rules_see_every_room() -> None:

@@ -25,8 +25,8 @@ def leaves(kind: type, prefix: str = "") -> list[str]:
     return found
 
 
-def test_there_are_four_recipes() -> None:
-    assert RECIPE_NAMES == ["align", "full", "lora", "qlora"]
+def test_these_are_the_recipes() -> None:
+    assert RECIPE_NAMES == ["align", "full", "lora", "minicpm_lora", "minicpm_qlora", "qlora", "websearch"]
 
 
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)

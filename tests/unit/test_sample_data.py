@@ -321,12 +321,25 @@ def test_a_picture_of_the_sample_is_one_slice_of_64_patches():
     assert (layout.slices, layout.patches(settings["patch_size"])) == (1, 64)
 
 
-def test_the_tiny_folder_is_what_the_maker_makes(tmp_path, monkeypatch):
-    maker = load_script("make_tiny")
-    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--sample", str(SAMPLE), "--out", str(tmp_path)])
-    maker.main()
-    for made in tmp_path.iterdir():
-        assert made.read_text(encoding="utf-8") == (TINY / made.name).read_text(encoding="utf-8")
+def same_files(made: Path, shipped: Path) -> int:
+    """Insist that every file under `made` is the shipped one; returns how many there are."""
+    files = [file for file in made.rglob("*") if file.is_file()]
+    for file in files:
+        assert file.read_text(encoding="utf-8") == (shipped / file.relative_to(made)).read_text(encoding="utf-8"), file
+    return len(files)
+
+
+def test_the_tiny_folders_are_what_the_maker_makes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--data", str(DATA), "--out", str(tmp_path)])
+    load_script("make_tiny").main()
+    assert same_files(tmp_path, DATA) == 6 + 5 + 5
+
+
+def test_the_samples_of_text_are_what_the_maker_makes(tmp_path, monkeypatch):
+    words = ["make_text.py", "--text", str(tmp_path / "text"), "--websearch", str(tmp_path / "websearch")]
+    monkeypatch.setattr(sys, "argv", words)
+    load_script("make_text").main()
+    assert same_files(tmp_path, DATA) == 2 + 2 + 20
 
 
 def test_ogg_pages_are_made_equal(make_sample, tmp_path):

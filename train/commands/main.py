@@ -7,6 +7,7 @@ from types import ModuleType
 from train.commands import chat, demo, evaluate, export
 from train.errors import OmniTuneError
 from train.families.family import quieten_transformers
+from train.launcher.failure import told_to_the_launcher
 
 COMMANDS: dict[str, ModuleType] = {"chat": chat, "demo": demo, "evaluate": evaluate, "export": export}
 
@@ -29,10 +30,8 @@ def main(words: list[str] | None = None) -> None:
     # Intermixed, so that a question may stand behind --image and --audio.
     chosen = parser.parse_intermixed_args(words[1:])
     quieten_transformers()
-    try:
+    with told_to_the_launcher(lambda error: str(error) if isinstance(error, OmniTuneError) else None):
         COMMANDS[name].run(chosen)
-    except OmniTuneError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from train.errors import CheckpointError
+from train.errors import BadRecord, CheckpointError
 from train.schema import MediaSource, Part, Turn
 
 _SHORT = 256
@@ -66,6 +66,8 @@ class ChatTemplate:
     """Text before each recording, numbered from 1."""
     media_suffix: str = "\n"
     """Text after each picture and recording."""
+    strips_texts: bool = False
+    """Whether white space around each text is dropped."""
     required: frozenset[str] = field(init=False)
     """Names of the special tokens that a tokenizer must have."""
 
@@ -92,12 +94,18 @@ class ChatTemplate:
     def _segments(self, turns: Sequence[Turn], generation_prompt: bool) -> Iterator[Segment]:
         recordings = 0
         for turn in turns:
-            form = self.roles[turn.role]
+            form = self.roles.get(turn.role)
+            if form is None:
+                known = ", ".join(self.roles)
+                raise BadRecord(
+                    f"this model's conversations have no role '{turn.role}', only {known}; take the turn out"
+                )
             weight = turn.weight if turn.role == "assistant" else 0.0
             yield from map(_literal, form.before)
             for part in turn.parts:
                 if part.kind == "text":
-                    yield from _content(str(part.content), form.content_specials, weight)
+                    text = str(part.content).strip() if self.strips_texts else str(part.content)
+                    yield from _content(text, form.content_specials, weight)
                     continue
                 if part.kind == "audio":
                     recordings += 1
@@ -151,6 +159,17 @@ MEGREZ_TEMPLATE = ChatTemplate(
     default_system_prompt=DEFAULT_SYSTEM_PROMPT,
 )
 
+MINICPM_TEMPLATE = ChatTemplate(
+    roles={
+        "system": RoleForm((), ()),
+        "user": RoleForm(("<用户>",), ("<AI>",)),
+        "assistant": RoleForm((), (Special("</s>"),)),
+    },
+    strips_texts=True,
+)
+"""As published, where turns of a conversation stand without anything between them, and with what its chat template
+leaves out: each answer ends with the end-of-sequence token, so that the model learns where to stop."""
+
 CHAT_TEMPLATE_JINJA = (
     """\
 {%- set count = namespace(audio=0) -%}
@@ -187,6 +206,25 @@ CHAT_TEMPLATE_JINJA = (
 """
 ).replace("SYSTEM_PROMPT", DEFAULT_SYSTEM_PROMPT)
 """MEGREZ_TEMPLATE for `tokenizer.apply_chat_template`, with the published placeholders of media."""
+
+
+MINICPM_TEMPLATE_JINJA = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- set content = message['content'] -%}
+{%- if content is mapping -%}{%- set content = content['text'] -%}
+{%- elif content is not string -%}{%- set content = content | map(attribute='text') | join -%}
+{%- endif -%}
+{%- if message['role'] == 'user' -%}
+{{- '<用户>' ~ content.strip() ~ '<AI>' -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- ' ' ~ content.strip() ~ eos_token -}}
+{%- else -%}
+{{- content.strip() -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+"""MINICPM_TEMPLATE for `tokenizer.apply_chat_template`; the space is the one that sentencepiece begins a text with."""
 
 
 class TextEncoder:

@@ -1,29 +1,25 @@
-"""The processor of Megrez-3B-Omni: from a `Record` to its lengths, and to a `Sample`."""
+"""The processor of Megrez-3B-Omni: pictures, recordings and text."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, WhisperFeatureExtractor
+from transformers import BatchFeature, PreTrainedTokenizerBase, WhisperFeatureExtractor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from train.data.audio import clip_length, fit_clip, load_clip, log_mel
-from train.data.chat import CHAT_TEMPLATE_JINJA, MEGREZ_TEMPLATE, TextEncoder
+from train.data.chat import CHAT_TEMPLATE_JINJA, MEGREZ_TEMPLATE, Segment
+from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
 from train.data.images import SliceSettings, load_picture, picture_size, slices_of, to_rgb
-from train.data.prompting import PromptMixin
 from train.errors import BadRecord, CheckpointError
 from train.geometry import SAMPLE_RATE, PictureLayout, audio_places, mel_frames
-from train.schema import IGNORE_INDEX, Lengths, MediaSource, Record, Sample
+from train.schema import Lengths, MediaSource
 
-TooLong = Literal["quarantine", "cut_text"]
 LongAudio = Literal["quarantine", "cut"]
 
 PLACE = "<|unk|>"
@@ -97,42 +93,7 @@ class MegrezOImageProcessor(BaseImageProcessor):
         return super().to_dict() | {"processor_class": "MegrezOProcessor"}
 
 
-@dataclass(slots=True)
-class _Medium:
-    """A picture or clip among the tokens: the tokens [begin, end) that it fills, and its places in them."""
-
-    source: MediaSource
-    size: PictureLayout | int
-    """a picture's layout, or a clip's samples at 16 kHz"""
-    begin: int
-    end: int
-    places: np.ndarray
-
-
-@dataclass(slots=True)
-class _Tokens:
-    """A conversation laid out as tokens, its media not yet decoded."""
-
-    ids: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    pictures: list[_Medium] = field(default_factory=list)
-    clips: list[_Medium] = field(default_factory=list)
-
-    def extend(self, ids: list[int], weight: float = 0.0) -> None:
-        self.ids += ids
-        self.weights += [weight] * len(ids)
-
-    def cut(self, limit: int) -> None:
-        """Drop the tokens from `limit` on, and a medium as a whole where that falls inside it."""
-        for medium in self.pictures + self.clips:
-            if medium.begin < limit < medium.end:
-                limit = medium.begin
-        del self.ids[limit:], self.weights[limit:]
-        self.pictures = [medium for medium in self.pictures if medium.end <= limit]
-        self.clips = [medium for medium in self.clips if medium.end <= limit]
-
-
-class MegrezOProcessor(PromptMixin, ProcessorMixin):
+class MegrezOProcessor(RecordProcessor, ProcessorMixin):
     """Tokenizer, picture and audio settings of a model folder, and the encoding of records with them.
 
     Args:
@@ -163,11 +124,8 @@ class MegrezOProcessor(PromptMixin, ProcessorMixin):
         self.long_audio = long_audio
         self.audio_pool = audio_pool
         self.audio_bos_eos = audio_bos_eos
-        names = [*sorted(self.template.required), PLACE, *IMAGE_ENDS, *SLICE_ENDS, *AUDIO_ENDS]
-        if image_processor.use_image_id:
-            names += IMAGE_ID_ENDS
-        optional = [name for form in self.template.roles.values() for name in form.content_specials]
-        self._encoder = TextEncoder(tokenizer.backend_tokenizer.to_str(), names, optional)
+        image_id_ends = IMAGE_ID_ENDS if image_processor.use_image_id else ()
+        self._read_tokenizer(tokenizer, [PLACE, *IMAGE_ENDS, *SLICE_ENDS, *AUDIO_ENDS, *image_id_ends])
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "MegrezOProcessor":  # type: ignore[override]
@@ -186,11 +144,7 @@ class MegrezOProcessor(PromptMixin, ProcessorMixin):
         if not pictures:
             raise CheckpointError(f"'{folder}' has no preprocessor_config.json; copy it from the published model")
         pictures.setdefault("image_feature_size", config.get("query_num", 64))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), **hub)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"the tokenizer of '{folder}' cannot be loaded ({error})") from error
-
+        tokenizer = load_tokenizer(folder, **hub)
         audio = config.get("audio_config", {})
         mel_settings = saved.get("feature_extractor", {"feature_size": 128})
         if "n_mels" in audio:
@@ -212,93 +166,11 @@ class MegrezOProcessor(PromptMixin, ProcessorMixin):
         written = super().save_pretrained(str(save_directory), **kwargs)
         return written + self.image_processor.save_pretrained(str(save_directory))
 
-    def measure(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Lengths:
-        """The lengths that `encode` will give, from headers alone; what is too long fails here already."""
-        with _located(record):
-            tokens = self._lay_out(record, False, max_tokens, too_long)
-        patch = self.image_processor.patch_size
-        return Lengths(
-            tokens=len(tokens.ids),
-            patches=sum(cast(PictureLayout, picture.size).patches(patch) for picture in tokens.pictures),
-            frames=sum(mel_frames(cast(int, clip.size)) for clip in tokens.clips),
-        )
+    def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
+        lay_out = self._lay_out_picture if segment.kind == "image" else self._lay_out_clip
+        lay_out(tokens, segment.content)
 
-    def encode(
-        self,
-        record: Record,
-        *,
-        generation_prompt: bool = False,
-        max_tokens: int | None = None,
-        too_long: TooLong = "quarantine",
-    ) -> Sample:
-        """The record as the model takes it, its media decoded.
-
-        Args:
-            generation_prompt: end with the beginning of an assistant's turn; such a prompt is never cut.
-            max_tokens: the most tokens; None = no limit.
-            too_long: refuse a longer record, or cut its end, never inside a picture or clip.
-
-        Raises:
-            BadRecord: with the record's place, if it is too long, or a medium cannot be used.
-        """
-        with _located(record):
-            tokens = self._lay_out(record, generation_prompt, max_tokens, too_long)
-            pictures = [self._slices(picture) for picture in tokens.pictures]
-            mels = [self._mel(clip) for clip in tokens.clips]
-        input_ids = torch.tensor(tokens.ids)
-        loss_weights = torch.tensor(tokens.weights)
-        no_patches = torch.empty(0, 3 * self.image_processor.patch_size**2, dtype=torch.uint8)
-        no_mel = torch.empty(self.feature_extractor.feature_size, 0)
-        return Sample(
-            input_ids=input_ids,
-            labels=input_ids.where(loss_weights > 0, IGNORE_INDEX),
-            loss_weights=loss_weights,
-            patches=torch.cat([patches for patches, _ in pictures] or [no_patches]),
-            slice_sizes=torch.cat([sizes for _, sizes in pictures] or [torch.empty(0, 2, dtype=torch.int64)]),
-            image_places=_places(tokens.pictures),
-            mel=torch.cat(mels or [no_mel], dim=1),
-            clip_frames=torch.tensor([mel.shape[1] for mel in mels], dtype=torch.int64),
-            audio_places=_places(tokens.clips),
-        )
-
-    def prompt(self, record: Record, *, max_tokens: int | None = None) -> Sample:
-        """The conversation up to its last assistant turn, ending with the generation prompt."""
-        turns = record.turns[: _last_answer(record)]
-        asked = Record(turns, record.file, record.line, record.type)
-        return self.encode(asked, generation_prompt=True, max_tokens=max_tokens)
-
-    def reference(self, record: Record) -> str:
-        """The text of the last assistant turn: what an answer to `prompt` is compared with."""
-        answer = _last_answer(record)
-        return "" if answer is None else "".join(str(part.content) for part in record.turns[answer].parts)
-
-    def _lay_out(self, record: Record, generation_prompt: bool, max_tokens: int | None, too_long: TooLong) -> _Tokens:
-        tokens = _Tokens()
-        for segment in self.template.render(
-            record.turns, system_prompt=self.system_prompt, generation_prompt=generation_prompt
-        ):
-            if segment.kind == "text":
-                tokens.extend(self._encoder.text(str(segment.content)), segment.weight)
-            elif segment.kind == "special":
-                tokens.extend(self._encoder.special(str(segment.content)), segment.weight)
-            elif segment.kind == "image":
-                self._lay_out_picture(tokens, segment.content)
-            else:
-                self._lay_out_clip(tokens, segment.content)
-        length = len(tokens.ids)
-        if max_tokens is None or length <= max_tokens:
-            return tokens
-        if too_long == "quarantine" or generation_prompt:
-            raise BadRecord(
-                f"it has {length} tokens, more than {max_tokens}; shorten it, raise data.max_tokens, "
-                "or set data.too_long=cut_text"
-            )
-        tokens.cut(max_tokens)
-        if not any(tokens.weights):
-            raise BadRecord(f"of its {length} tokens the first {max_tokens} hold nothing that is learned; shorten it")
-        return tokens
-
-    def _lay_out_picture(self, tokens: _Tokens, source: MediaSource) -> None:
+    def _lay_out_picture(self, tokens: Tokens, source: MediaSource) -> None:
         settings = self.image_processor.slice_settings
         layout = settings.layout(*picture_size(source))
         text, special = self._encoder.text, self._encoder.special
@@ -313,9 +185,9 @@ class MegrezOProcessor(PromptMixin, ProcessorMixin):
             tokens.extend(text("\n") if row else [])
             firsts += [self._lay_out_places(tokens, SLICE_ENDS, queries) for _ in range(columns)]
         places = (np.array(firsts)[:, None] + np.arange(queries)).ravel()
-        tokens.pictures.append(_Medium(source, layout, begin, len(tokens.ids), places))
+        tokens.pictures.append(Medium(source, layout, begin, len(tokens.ids), places))
 
-    def _lay_out_clip(self, tokens: _Tokens, source: MediaSource) -> None:
+    def _lay_out_clip(self, tokens: Tokens, source: MediaSource) -> None:
         samples, most = clip_length(source), self.feature_extractor.n_samples
         if samples > most:
             if self.long_audio == "quarantine":
@@ -329,19 +201,39 @@ class MegrezOProcessor(PromptMixin, ProcessorMixin):
             raise BadRecord(f"audio {_name(source)} of {samples} samples is too short to be heard; remove it")
         begin = len(tokens.ids)
         first = self._lay_out_places(tokens, AUDIO_ENDS, count)
-        tokens.clips.append(_Medium(source, samples, begin, len(tokens.ids), np.arange(first, first + count)))
+        tokens.clips.append(Medium(source, samples, begin, len(tokens.ids), np.arange(first, first + count)))
 
-    def _lay_out_places(self, tokens: _Tokens, ends: tuple[str, str], count: int) -> int:
+    def _lay_out_places(self, tokens: Tokens, ends: tuple[str, str], count: int) -> int:
         """Add `count` places between two special tokens; the index of the first."""
         special = self._encoder.special
         first = len(tokens.ids) + 1
         tokens.extend(special(ends[0]) + special(PLACE) * count + special(ends[1]))
         return first
 
-    def _slices(self, picture: _Medium) -> tuple[Tensor, Tensor]:
+    def _lengths(self, tokens: Tokens) -> Lengths:
+        patch = self.image_processor.patch_size
+        return Lengths(
+            tokens=len(tokens.ids),
+            patches=sum(cast(PictureLayout, picture.size).patches(patch) for picture in tokens.pictures),
+            frames=sum(mel_frames(cast(int, clip.size)) for clip in tokens.clips),
+        )
+
+    def _media(self, tokens: Tokens) -> dict[str, Tensor]:
+        pictures = [self._slices(picture) for picture in tokens.pictures]
+        mels = [self._mel(clip) for clip in tokens.clips]
+        no_patches = torch.empty(0, 3 * self.image_processor.patch_size**2, dtype=torch.uint8)
+        no_mel = torch.empty(self.feature_extractor.feature_size, 0)
+        return {
+            "patches": torch.cat([patches for patches, _ in pictures] or [no_patches]),
+            "slice_sizes": torch.cat([sizes for _, sizes in pictures] or [torch.empty(0, 2, dtype=torch.int64)]),
+            "mel": torch.cat(mels or [no_mel], dim=1),
+            "clip_frames": torch.tensor([mel.shape[1] for mel in mels], dtype=torch.int64),
+        }
+
+    def _slices(self, picture: Medium) -> tuple[Tensor, Tensor]:
         return slices_of(load_picture(picture.source), self.image_processor.slice_settings)
 
-    def _mel(self, clip: _Medium) -> Tensor:
+    def _mel(self, clip: Medium) -> Tensor:
         samples = cast(int, clip.size)
         decoded = load_clip(clip.source, samples)
         if samples == self.feature_extractor.n_samples:  # the longest there is: what follows was cut
@@ -354,28 +246,8 @@ class MegrezOProcessor(PromptMixin, ProcessorMixin):
         return log_mel(fitted, self.feature_extractor)
 
 
-def _places(media: list[_Medium]) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(medium.places for medium in media)]))
-
-
 def _name(source: MediaSource) -> str:
     return f"'{source}'" if isinstance(source, str) else "(embedded)"
-
-
-def _last_answer(record: Record) -> int | None:
-    answers = [index for index, turn in enumerate(record.turns) if turn.role == "assistant"]
-    return answers[-1] if answers else None
-
-
-@contextmanager
-def _located(record: Record) -> Iterator[None]:
-    """Put the record's place before the reason of a BadRecord."""
-    try:
-        yield
-    except BadRecord as fault:
-        if not record.file:
-            raise
-        raise BadRecord(f"{record.file}:{record.line}: {fault}") from None
 
 
 def _read_json(folder: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Any]:

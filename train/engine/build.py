@@ -33,7 +33,6 @@ from train.engine.quarantine import Quarantine
 from train.engine.state import trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
-from train.engine.tracking import WandbTracker
 from train.engine.trainer import Rhythm, Trainer
 from train.errors import ConfigError
 from train.families import Family, find
@@ -212,11 +211,19 @@ def open_records(options: Options, sources: list[SourceOptions], processor: Any)
 
 
 def _check_family(options: Options, family: Family) -> None:
-    absent = [name for name in tuned_modules(options) if name not in family.modules]
-    if absent:
-        raise ConfigError(
-            [f"modules.tune_{name}: a {family.name} model has no such module; set it to false" for name in absent]
-        )
+    known = f"a {family.name} model has only {', '.join(sorted(family.modules))}"
+    faults = [
+        f"modules.tune_{name}: there is no such module, {known}; set it to false, as the model group of the family does"
+        for name in tuned_modules(options)
+        if name not in family.modules
+    ]
+    faults += [
+        f"lora.modules: there is no module '{name}', {known}; leave it out"
+        for name in options.lora.modules
+        if name not in family.modules
+    ]
+    if faults:
+        raise ConfigError(faults)
 
 
 def _make_folder(options: Options, accelerator: Accelerator) -> Path:
@@ -346,6 +353,8 @@ def _observers(options: Options, resolved: dict[str, Any], folder: Path, trainer
     if options.debug.profile_steps:
         observers.append(Profiler(folder / "trace.json", options.debug.profile_steps))
     if options.tracker.name is Tracker.wandb:
+        from train.engine.tracking import WandbTracker  # wandb takes a second to import
+
         observers.append(WandbTracker(options.tracker, name=options.run.name, folder=folder, config=resolved))
     return observers
 

@@ -21,16 +21,18 @@ Medium = Literal["patches", "frames"]
 
 @dataclass(frozen=True)
 class Family:
-    """A declaration: which classes load a model, which modules it has, how its keys are named.
+    """A declaration: how a model is recognised, which classes load it, its modules, the names of its keys.
 
     Classes are named as "module:attribute" and imported when they are used.
     """
 
     name: str
-    recognises: Callable[[Mapping[str, Any]], bool]
-    """Whether a folder's config.json is of this family."""
+    recognises: Callable[[str, str], bool]
+    """Whether a folder is of this family, by its `model_type` and the text of its chat template ("" = it has none):
+    models of several families are Llamas."""
     model_class: str
     processor_class: str
+    """It carries the family's chat template, as `data.chat.ChatTemplate`."""
     rules: Rules
     """Ordered (pattern of parameter names, module); every parameter must be covered."""
     flops_function: str
@@ -88,19 +90,38 @@ def _resolve(name: str) -> Any:
 
 
 def find(folder: Path | str) -> Family:
-    """The family of a model folder, by its config.json."""
+    """The family of a model folder, by its config.json and chat template."""
     from train.families.megrezo import MEGREZO
+    from train.families.text import MEGREZ_INSTRUCT, MINICPM, MINICPM_LLAMA
 
-    families = (MEGREZO,)
-    file = Path(folder) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"'{folder}' has no config.json, so it is not a model folder") from None
-    except ValueError as error:
-        raise CheckpointError(f"'{file}' is not valid JSON ({error})") from None
+    families = (MEGREZO, MEGREZ_INSTRUCT, MINICPM, MINICPM_LLAMA)
+    config = _read_json(Path(folder) / "config.json")
+    if config is None:
+        raise CheckpointError(f"'{folder}' has no config.json, so it is not a model folder")
+    model_type, chat_template = str(config.get("model_type")), _chat_template(Path(folder))
     for family in families:
-        if family.recognises(config):
+        if family.recognises(model_type, chat_template):
             return family
     known = ", ".join(family.name for family in families)
-    raise CheckpointError(f"'{file}' says model_type '{config.get('model_type')}'; known families: {known}")
+    raise CheckpointError(
+        f"'{folder}' is of no known family, by model_type '{model_type}' in config.json and "
+        f"{'its' if chat_template else 'the lack of a'} chat template (chat_template.jinja, tokenizer_config.json); "
+        f"known are {known}"
+    )
+
+
+def _chat_template(folder: Path) -> str:
+    """The text of a folder's chat template; "" if it has none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    return str((_read_json(folder / "tokenizer_config.json") or {}).get("chat_template") or "")
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"'{file}' is not valid JSON ({error}); copy it again") from None

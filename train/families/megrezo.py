@@ -3,11 +3,11 @@
 from train.families.family import Family
 from train.modules.trainable import FROZEN
 
-_ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 MEGREZO = Family(
     name="megrezo",
-    recognises=lambda config: config.get("model_type") == "megrezo",
+    recognises=lambda model_type, chat_template: model_type == "megrezo",
     model_class="train.modules.megrezo:MegrezO",
     processor_class="train.data.processor:MegrezOProcessor",
     rules=(
@@ -22,7 +22,7 @@ MEGREZO = Family(
     flops_function="train.modules.flops:megrezo_flops",
     media={"vision_encoder": "patches", "vision_proj": "patches", "audio_encoder": "frames", "audio_proj": "frames"},
     lora_targets={
-        "llm": _ATTENTION_AND_MLP,
+        "llm": LLAMA_LAYERS,
         "vision_encoder": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         "vision_proj": ("kv_proj",),
         "audio_encoder": ("query", "key", "value", "out", "mlp.0", "mlp.2"),

@@ -26,7 +26,7 @@ def page(chat: Chat, *, title: str, max_new_tokens: int, temperature: float, top
         most: int,
     ) -> Iterator[str | gr.ChatMessage]:
         """The answer so far, each time it has grown; Gradio closes this iterator when the user stops it."""
-        messages = [{"role": "system", "content": system}] if system.strip() else []
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system.strip() else []
         messages += said(history)
         messages.append({"role": "user", "content": _content(question["text"], question["files"])})
         text = ""
@@ -54,7 +54,7 @@ def page(chat: Chat, *, title: str, max_new_tokens: int, temperature: float, top
     return gr.ChatInterface(
         answer,
         multimodal=True,
-        chatbot=gr.Chatbot(show_label=False, height="60vh", buttons=["copy"]),
+        chatbot=gr.Chatbot(show_label=False, height="65vh", buttons=["copy"]),
         textbox=question,
         title=title,
         additional_inputs=[

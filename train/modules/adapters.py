@@ -1,17 +1,23 @@
-"""LoRA through peft: adapters onto our modules, into and out of a folder, merged; QLoRA's 4-bit weights."""
+"""LoRA through peft: adapters onto our modules, into and out of a folder, merged; QLoRA's 4-bit weights.
+
+peft takes seconds to import, so only runs that adapt something do.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from train.errors import OmniTuneError
 from train.modules.trainable import Rules, canonical_name, module_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ def add_adapters(
     in_float32: adapters in float32 beside half-precision weights: exported adapters lose nothing of their masters.
     Training leaves them in the weights' dtype, since ZeRO wants one for all that learns, and keeps the masters apart.
     """
+    from peft import LoraConfig, get_peft_model
+
     names = list(_targets(model, rules, settings.targets))
     if not names:
         wanted = "; ".join(f"{module}: {', '.join(ends)}" for module, ends in settings.targets.items())
@@ -70,6 +78,8 @@ def quantize_linear_layers(
         compute_dtype: what the products run in; weights are expanded to it, layer by layer.
         device: where the weights are quantised, and stay.
     """
+    from peft.utils.integrations import gather_params_ctx
+
     head = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and layer is not head and module_of(f"{name}.weight", rules) == module:

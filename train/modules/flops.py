@@ -72,6 +72,19 @@ def megrezo_flops(model: nn.Module, config: Any, tuned: Collection[str]) -> Flop
     )
 
 
+def text_flops(model: nn.Module, config: Any, tuned: Collection[str]) -> Flops:
+    """The work of a model of text alone; arguments as for `megrezo_flops`."""
+    layers = [layer for name, layer in model.named_modules() if name.endswith("model.layers")]
+    passes = _passes(tuned)["llm"]
+    return Flops(
+        token=2 * sum(map(_parameters, layers)) * passes,
+        token_squared=2 * config.hidden_size * config.num_hidden_layers * passes,
+        patch=0,
+        frame=0,
+        head=2 * config.vocab_size * config.hidden_size * passes,
+    )
+
+
 def _passes(tuned: Collection[str]) -> Mapping[str, int]:
     """Forwards' worth of work that a step spends in each module: 1 frozen, 2 passed through, 3 learning."""
     below: dict[str, tuple[str, ...]] = {"llm": ("vision_encoder", "vision_proj", "audio_encoder", "audio_proj")}

@@ -4,21 +4,17 @@ Parameter names are those of the published checkpoint. Letters for shapes are th
 """
 
 from contextlib import AbstractContextManager
-from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from train.modules.attention import Segments
 from train.modules.audio import AudioEncoder, sinusoids
-from train.modules.chatting import ChatMixin
-from train.modules.llm import build_llm, packed_hidden_states
-from train.modules.loss import token_losses
+from train.modules.llm import build_llm
+from train.modules.packed import PackedModel
 from train.modules.resampler import CrossAttention, Resampler
 from train.modules.vision import VisionTower
 from train.schema import Batch
@@ -93,16 +89,6 @@ def _chosen(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return {name: given.get(name, default) for name, default in defaults.items()}
 
 
-@dataclass
-class PackedOutput(ModelOutput):
-    """What a packed forward returns. (A ModelOutput, because DeepSpeed's hooks look for tensors in dicts.)"""
-
-    loss_sum: Tensor | None = None
-    """float32 scalar: the sum over supervised tokens of weight · cross-entropy, with its graph."""
-    token_losses: Tensor | None = None
-    """float32 (M,): cross-entropy of each supervised token, unweighted, without a graph."""
-
-
 class Vision(nn.Module):
     """Vision tower and connector: patches (P, 3·patch²) to token embeddings (S·Q, D)."""
 
@@ -147,13 +133,8 @@ def _grad_if_tuned(module: nn.Module) -> AbstractContextManager:
     return torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
 
 
-class MegrezO(ChatMixin, PreTrainedModel, GenerationMixin):
-    """Megrez-3B-Omni over packs of samples.
-
-    `call_every_module` says whether a tower for which a batch has no input runs on a dummy (see `embed`):
-    None means while training. Evaluation under ZeRO-3 needs True. `liger_loss` picks Liger's kernel for the
-    loss (see `loss.token_losses`).
-    """
+class MegrezO(PackedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # `generate` takes more
+    """Megrez-3B-Omni over packs of samples."""
 
     config_class = MegrezOConfig
     main_input_name = "batch"
@@ -166,15 +147,7 @@ class MegrezO(ChatMixin, PreTrainedModel, GenerationMixin):
         self.llm = build_llm(config.llm_config())
         self.vision = Vision(config)
         self.audio = Audio(config)
-        self.call_every_module: bool | None = None
-        self.liger_loss = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.llm.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.llm.get_output_embeddings()
 
     def embed(self, batch: Batch) -> Tensor:
         """Token embeddings with pictures and recordings in their places: (T, D).
@@ -182,7 +155,7 @@ class MegrezO(ChatMixin, PreTrainedModel, GenerationMixin):
         Each tower runs once; where the batch has nothing for it, on a dummy whose output counts zero times.
         So every rank runs the same collectives, and every parameter has a gradient, whatever a batch holds.
         """
-        embeddings = self.get_input_embeddings()(batch.input_ids)
+        embeddings = super().embed(batch)
         pictures = (batch.patches, batch.slice_sizes)
         clips = (batch.mel, batch.clip_frames)
         embeddings = self._place(embeddings, self.vision, pictures, batch.image_places)
@@ -197,51 +170,9 @@ class MegrezO(ChatMixin, PreTrainedModel, GenerationMixin):
             return embeddings + nothing.to(embeddings.dtype)
         return embeddings
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """Final hidden states of all tokens, normed: (T, D)."""
-        embeddings = self.embed(batch)
-        segments = Segments.of_cu_seqlens(batch.cu_seqlens, embeddings.device)
-        return packed_hidden_states(self.llm, embeddings, batch.position_ids, segments)
-
-    def logits(self, batch: Batch) -> Tensor:
-        """Logits of all tokens, (T, V): for comparisons, not for training."""
-        return self.llm.lm_head(self.hidden_states(batch))
-
     def forward(self, batch: Batch | None = None, **llm_inputs) -> ModelOutput:
         """The loss of a pack; without one, the Llama's own forward (`input_ids=...` and the like)."""
-        if batch is None:
-            return self.llm(**llm_inputs)
-        hidden = self.hidden_states(batch).index_select(0, batch.target_positions)
-        losses = token_losses(hidden, self.llm.lm_head.weight, batch.targets, liger=self.liger_loss)
-        return PackedOutput(loss_sum=(losses * batch.loss_weights).sum(), token_losses=losses.detach())
-
-    @torch.no_grad()
-    def generate(self, batch: Batch, **options) -> list[Tensor]:  # type: ignore[override]
-        """Answers to N prompts.
-
-        Args:
-            batch: the prompts, one sample each.
-            options: those of transformers' `generate` (max_new_tokens, do_sample, synced_gpus, ...).
-
-        Returns:
-            N tensors int64: the new tokens up to the first end-of-sequence token, which is left out.
-        """
-        generation = deepcopy(options.pop("generation_config", self.generation_config))
-        others = generation.update(**options)
-        lengths = batch.cu_seqlens.diff().tolist()
-        longest = max(lengths)
-        prompts = self.embed(batch).split(lengths)
-        padded = torch.stack([F.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts])
-        is_token = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-        answers = self.llm.generate(  # type: ignore[misc]
-            inputs_embeds=padded,
-            attention_mask=is_token.long().to(padded.device),
-            generation_config=generation,
-            **others,
-        )
-        ends = generation.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        return [answer[: _first_of(ends, answer.tolist())] for answer in answers]
+        return self.llm(**llm_inputs) if batch is None else self.packed_loss(batch)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -259,8 +190,3 @@ class MegrezO(ChatMixin, PreTrainedModel, GenerationMixin):
             initialization.copy_(module.positional_embedding, sinusoids(*module.positional_embedding.shape))
         else:
             super()._init_weights(module)
-
-
-def _first_of(tokens: set[int], answer: list[int]) -> int:
-    """Where the first of `tokens` stands in an answer; its length if none does."""
-    return next((place for place, token in enumerate(answer) if token in tokens), len(answer))

@@ -4,7 +4,7 @@ import jiwer
 import pytest
 
 from train.config import METRICS as NAMES
-from train.inference.metrics import METRICS, anls, cer, exact_match, f1, vqa_accuracy, wer
+from train.inference.metrics import METRICS, Metric, anls, cer, exact_match, f1, vqa_accuracy, wer
 
 
 def test_options_know_every_metric() -> None:
@@ -68,33 +68,25 @@ def test_f1(answer: str, reference: str, score: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference", "edits", "words"),
+    ("metric", "answer", "reference", "edits", "length"),
     [
-        ("Hello, world", "hello world", 0, 2),
-        ("hello brave new world", "hello old world", 2, 3),
-        ("", "hello world", 2, 2),
-        ("hello", "", 1, 0),
-        ("今天 天气好", "今天天气真好!", 1, 6),
-        ("打开WiFi", "打开 wifi", 0, 3),
-        ("１２ 点", "12点", 0, 2),
+        (wer, "Hello, world", "hello world", 0, 2),
+        (wer, "hello brave new world", "hello old world", 2, 3),
+        (wer, "", "hello world", 2, 2),
+        (wer, "hello", "", 1, 0),
+        (wer, "今天 天气好", "今天天气真好!", 1, 6),
+        (wer, "打开WiFi", "打开 wifi", 0, 3),
+        (wer, "１２ 点", "12点", 0, 2),
+        (cer, "helo world", "Hello world.", 1, 11),
+        (cer, "helloworld", "hello world", 1, 11),
+        (cer, "今天 天气好", "今天天气真好!", 1, 6),
+        (cer, "", "abc", 3, 3),
+        (cer, "ab", "", 2, 0),
     ],
 )
-def test_wer(answer: str, reference: str, edits: float, words: float) -> None:
-    assert wer(answer, reference) == (edits, words)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "edits", "characters"),
-    [
-        ("helo world", "Hello world.", 1, 11),
-        ("helloworld", "hello world", 1, 11),
-        ("今天 天气好", "今天天气真好!", 1, 6),
-        ("", "abc", 3, 3),
-        ("ab", "", 2, 0),
-    ],
-)
-def test_cer(answer: str, reference: str, edits: float, characters: float) -> None:
-    assert cer(answer, reference) == (edits, characters)
+def test_error_rates(metric: Metric, answer: str, reference: str, edits: float, length: float) -> None:
+    """Words, or characters: how many to change, and how many there are."""
+    assert metric(answer, reference) == (edits, length)
 
 
 def test_error_rates_are_jiwers_of_the_whole_corpus() -> None:

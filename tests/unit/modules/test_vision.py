@@ -7,19 +7,20 @@ from tests.builders import randomize
 from train.modules.vision import VisionTower, axis_buckets
 
 SIDE, PATCH = 70, 2
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": PATCH,
+    "image_size": SIDE * PATCH,
+}
 
 
 @pytest.fixture
 def tower() -> VisionTower:
     torch.manual_seed(0)
-    tower = VisionTower(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        patch_size=PATCH,
-        image_size=SIDE * PATCH,
-    )
+    tower = VisionTower(**SIZES)
     randomize(tower)
     return tower.eval()
 
@@ -57,16 +58,7 @@ def test_buckets_differ_from_idefics2_where_rounding_decides(patches):
 
 
 def test_equals_idefics2_picture_by_picture(tower):
-    config = Idefics2VisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        patch_size=PATCH,
-        image_size=SIDE * PATCH,
-        hidden_act="gelu_pytorch_tanh",
-        layer_norm_eps=1e-6,
-    )
+    config = Idefics2VisionConfig(**SIZES, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
     reference = Idefics2VisionTransformer(config).eval()
     reference.load_state_dict(tower.state_dict())
     sizes = [(3, 5), (11, 7), (1, 22), (5, 3), (32, 2)]

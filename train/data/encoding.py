@@ -1,0 +1,192 @@
+"""From a `Record` to its lengths and to a `Sample`: what the processors of all model families share."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from train.data.chat import ChatTemplate, Segment, TextEncoder
+from train.data.prompting import PromptMixin
+from train.errors import BadRecord, CheckpointError
+from train.geometry import PictureLayout
+from train.schema import IGNORE_INDEX, Lengths, MediaSource, Record, Sample
+
+TooLong = Literal["quarantine", "cut_text"]
+
+
+@dataclass(slots=True)
+class Medium:
+    """A picture or clip among the tokens: the tokens [begin, end) that it fills, and its places in them."""
+
+    source: MediaSource
+    size: PictureLayout | int
+    """a picture's layout, or a clip's samples at 16 kHz"""
+    begin: int
+    end: int
+    places: np.ndarray
+
+
+@dataclass(slots=True)
+class Tokens:
+    """A conversation laid out as tokens, its media not yet decoded."""
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    pictures: list[Medium] = field(default_factory=list)
+    clips: list[Medium] = field(default_factory=list)
+
+    def extend(self, ids: list[int], weight: float = 0.0) -> None:
+        self.ids += ids
+        self.weights += [weight] * len(ids)
+
+    def cut(self, limit: int) -> None:
+        """Drop the tokens from `limit` on, and a medium as a whole where that falls inside it."""
+        for medium in self.pictures + self.clips:
+            if medium.begin < limit < medium.end:
+                limit = medium.begin
+        del self.ids[limit:], self.weights[limit:]
+        self.pictures = [medium for medium in self.pictures if medium.end <= limit]
+        self.clips = [medium for medium in self.clips if medium.end <= limit]
+
+
+class RecordProcessor(PromptMixin):
+    """Lays records out as tokens by a chat template; a model of text alone takes no media.
+
+    A processor of media overrides `_lay_out_medium`, `_lengths` and `_media`.
+    """
+
+    template: ChatTemplate
+    system_prompt: str | None
+    """Put first where a conversation has no system turn; None takes the template's, "" none."""
+
+    def _read_tokenizer(self, tokenizer: PreTrainedTokenizerBase, specials: Sequence[str] = ()) -> None:
+        """Take over a tokenizer, which must have the template's special tokens and `specials`."""
+        names = [*sorted(self.template.required), *specials]
+        optional = [name for form in self.template.roles.values() for name in form.content_specials]
+        self._encoder = TextEncoder(tokenizer.backend_tokenizer.to_str(), names, optional)
+        first = tokenizer("a")["input_ids"][:1]
+        self._begin = first if first == [tokenizer.bos_token_id] else []
+
+    def measure(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Lengths:
+        """The lengths that `encode` will give, from headers alone; what is too long fails here already."""
+        with _located(record):
+            tokens = self._lay_out(record, False, max_tokens, too_long)
+        return self._lengths(tokens)
+
+    def encode(
+        self,
+        record: Record,
+        *,
+        generation_prompt: bool = False,
+        max_tokens: int | None = None,
+        too_long: TooLong = "quarantine",
+    ) -> Sample:
+        """The record as the model takes it, its media decoded.
+
+        Args:
+            generation_prompt: end with the beginning of an assistant's turn; such a prompt is never cut.
+            max_tokens: the most tokens; None = no limit.
+            too_long: refuse a longer record, or cut its end, never inside a picture or clip.
+
+        Raises:
+            BadRecord: with the record's place, if it is too long, or a medium cannot be used.
+        """
+        with _located(record):
+            tokens = self._lay_out(record, generation_prompt, max_tokens, too_long)
+            media = self._media(tokens)
+        input_ids = torch.tensor(tokens.ids)
+        loss_weights = torch.tensor(tokens.weights)
+        return Sample(
+            input_ids=input_ids,
+            labels=input_ids.where(loss_weights > 0, IGNORE_INDEX),
+            loss_weights=loss_weights,
+            image_places=_places(tokens.pictures),
+            audio_places=_places(tokens.clips),
+            **media,
+        )
+
+    def prompt(self, record: Record, *, max_tokens: int | None = None) -> Sample:
+        """The conversation up to its last assistant turn, ending with the generation prompt."""
+        turns = record.turns[: _last_answer(record)]
+        asked = Record(turns, record.file, record.line, record.type)
+        return self.encode(asked, generation_prompt=True, max_tokens=max_tokens)
+
+    def reference(self, record: Record) -> str:
+        """The text of the last assistant turn: what an answer to `prompt` is compared with."""
+        answer = _last_answer(record)
+        return "" if answer is None else "".join(str(part.content) for part in record.turns[answer].parts)
+
+    def _lay_out(self, record: Record, generation_prompt: bool, max_tokens: int | None, too_long: TooLong) -> Tokens:
+        tokens = Tokens()
+        tokens.extend(self._begin)
+        for segment in self.template.render(
+            record.turns, system_prompt=self.system_prompt, generation_prompt=generation_prompt
+        ):
+            if segment.kind == "text":
+                tokens.extend(self._encoder.text(str(segment.content)), segment.weight)
+            elif segment.kind == "special":
+                tokens.extend(self._encoder.special(str(segment.content)), segment.weight)
+            else:
+                self._lay_out_medium(tokens, segment)
+        length = len(tokens.ids)
+        if max_tokens is None or length <= max_tokens:
+            return tokens
+        if too_long == "quarantine" or generation_prompt:
+            raise BadRecord(
+                f"it has {length} tokens, more than {max_tokens}; shorten it, raise data.max_tokens, "
+                "or set data.too_long=cut_text"
+            )
+        tokens.cut(max_tokens)
+        if not any(tokens.weights):
+            raise BadRecord(f"of its {length} tokens the first {max_tokens} hold nothing that is learned; shorten it")
+        return tokens
+
+    def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
+        """Add a picture's or clip's places."""
+        raise BadRecord(f"it holds an {segment.kind}, and this model reads text alone; take it out")
+
+    def _lengths(self, tokens: Tokens) -> Lengths:
+        return Lengths(tokens=len(tokens.ids))
+
+    def _media(self, tokens: Tokens) -> dict[str, Tensor]:
+        """The fields of a `Sample` that hold media, decoded."""
+        return {
+            "patches": torch.empty(0, 0, dtype=torch.uint8),
+            "slice_sizes": torch.empty(0, 2, dtype=torch.int64),
+            "mel": torch.empty(0, 0),
+            "clip_frames": torch.empty(0, dtype=torch.int64),
+        }
+
+
+def load_tokenizer(folder: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or Hub name; CheckpointError if it cannot be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), **hub)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer of '{folder}' cannot be loaded ({error})") from error
+
+
+def _places(media: list[Medium]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(medium.places for medium in media)]))
+
+
+def _last_answer(record: Record) -> int | None:
+    answers = [index for index, turn in enumerate(record.turns) if turn.role == "assistant"]
+    return answers[-1] if answers else None
+
+
+@contextmanager
+def _located(record: Record) -> Iterator[None]:
+    """Put the record's place before the reason of a BadRecord."""
+    try:
+        yield
+    except BadRecord as fault:
+        if not record.file:
+            raise
+        raise BadRecord(f"{record.file}:{record.line}: {fault}") from None

@@ -1,0 +1,32 @@
+"""Models of text alone: Megrez-3B-Instruct (a Llama), MiniCPM-2B, and MiniCPM-2B in its Llama form."""
+
+from dataclasses import replace
+
+from train.families.family import Family
+from train.families.megrezo import LLAMA_LAYERS
+
+MEGREZ_INSTRUCT = Family(
+    name="megrez-instruct",
+    recognises=lambda model_type, chat_template: model_type == "llama" and "<|role_start|>" in chat_template,
+    model_class="train.modules.text:LlamaForCausalLM",
+    processor_class="train.data.text:MegrezTextProcessor",
+    rules=(("*", "llm"),),
+    flops_function="train.modules.flops:text_flops",
+    media={},
+    lora_targets={"llm": LLAMA_LAYERS},
+)
+
+MINICPM = replace(
+    MEGREZ_INSTRUCT,
+    name="minicpm",
+    recognises=lambda model_type, chat_template: model_type == "minicpm",
+    model_class="train.modules.text:MiniCPMForCausalLM",
+    processor_class="train.data.text:MiniCPMProcessor",
+)
+
+MINICPM_LLAMA = replace(
+    MINICPM,
+    name="minicpm-llama",
+    recognises=lambda model_type, chat_template: model_type == "llama" and "<用户>" in chat_template,
+    model_class="train.modules.text:LlamaForCausalLM",
+)

@@ -1,0 +1,103 @@
+"""What every model of the project does over packs: loss, logits, answers. Letters for shapes: see `schema`."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.utils import ModelOutput
+
+from train.modules.attention import Segments
+from train.modules.chatting import ChatMixin
+from train.modules.llm import packed_hidden_states
+from train.modules.loss import token_losses
+from train.schema import Batch
+
+
+@dataclass
+class PackedOutput(ModelOutput):
+    """What a packed forward returns. (A ModelOutput, because DeepSpeed's hooks look for tensors in dicts.)"""
+
+    loss_sum: Tensor | None = None
+    """float32 scalar: the sum over supervised tokens of weight · cross-entropy, with its graph."""
+    token_losses: Tensor | None = None
+    """float32 (M,): cross-entropy of each supervised token, unweighted, without a graph."""
+
+
+class PackedModel(ChatMixin):
+    """Mixed into a transformers model whose language model is `llm`: a Llama, or what has a Llama's parts.
+
+    `call_every_module` says whether a tower for which a batch has no input runs on a dummy: None means while
+    training. Evaluation under ZeRO-3 needs True. `liger_loss` picks Liger's kernel for the loss (see
+    `loss.token_losses`).
+    """
+
+    llm: Any
+    generation_config: Any
+    call_every_module: bool | None = None
+    liger_loss: bool = False
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llm.lm_head
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Token embeddings: (T, D)."""
+        return self.get_input_embeddings()(batch.input_ids)
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """What the head takes of all tokens: final hidden states, normed, (T, D)."""
+        embeddings = self.embed(batch)
+        segments = Segments.of_cu_seqlens(batch.cu_seqlens, embeddings.device)
+        return packed_hidden_states(self.llm, embeddings, batch.position_ids, segments)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of all tokens, (T, V): for comparisons, not for training."""
+        return self.llm.lm_head(self.hidden_states(batch))
+
+    def packed_loss(self, batch: Batch) -> PackedOutput:
+        """The loss of a pack."""
+        hidden = self.hidden_states(batch).index_select(0, batch.target_positions)
+        losses = token_losses(hidden, self.llm.lm_head.weight, batch.targets, liger=self.liger_loss)
+        return PackedOutput(loss_sum=(losses * batch.loss_weights).sum(), token_losses=losses.detach())
+
+    @torch.no_grad()
+    def generate(self, inputs: Batch | Tensor | None = None, **options) -> Any:
+        """Answers to N prompts; without a `Batch`, what transformers' `generate` makes of the language model.
+
+        Args:
+            inputs: the prompts, one sample each.
+            options: those of transformers' `generate` (max_new_tokens, do_sample, synced_gpus, ...).
+
+        Returns:
+            N tensors int64: the new tokens up to the first end-of-sequence token, which is left out.
+        """
+        if not isinstance(inputs, Batch):
+            return GenerationMixin.generate(self.llm, inputs, **options)
+        generation = deepcopy(options.pop("generation_config", self.generation_config))
+        others = generation.update(**options)
+        lengths = inputs.cu_seqlens.diff().tolist()
+        longest = max(lengths)
+        prompts = self.embed(inputs).split(lengths)
+        padded = torch.stack([F.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts])
+        is_token = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+        answers = GenerationMixin.generate(
+            self.llm,
+            inputs_embeds=padded,
+            attention_mask=is_token.long().to(padded.device),
+            generation_config=generation,
+            **others,
+        )
+        ends = generation.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        return [answer[: _first_of(ends, answer.tolist())] for answer in answers]
+
+
+def _first_of(tokens: set[int], answer: list[int]) -> int:
+    """Where the first of `tokens` stands in an answer; its length if none does."""
+    return next((place for place, token in enumerate(answer) if token in tokens), len(answer))
