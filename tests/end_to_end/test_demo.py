@@ -20,7 +20,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PYTHON = Path(os.environ.get("OMNITUNE_VENVS", ROOT / ".venvs")) / "demo" / "bin" / "python"
 TOKENS = 60
-PATIENCE_MS = 40_000
+PATIENCE_MS = 120_000
 PICTURE = SAMPLE / "images/heldout/0001.png"
 CLIP = SAMPLE / "audio/heldout/0001.opus"
 
