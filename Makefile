@@ -4,16 +4,16 @@
 VENV ?= .venv
 export OMNITUNE_VENV := $(VENV)
 RUN := $(VENV)/bin/
-USUAL := "not gpu and not exhaustive"
+TESTS := OMP_NUM_THREADS=1 $(RUN)pytest -q -n 2 -m "not gpu and not exhaustive"
 
 test: check
-	$(RUN)pytest -q -m $(USUAL) tests/end_to_end
+	$(TESTS) --dist loadfile tests/end_to_end
 
 check: setup
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
-	$(RUN)pytest -q -n 2 -m $(USUAL) tests/unit
+	$(TESTS) tests/unit
 
 format: setup
 	$(RUN)ruff check --fix .

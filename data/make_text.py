@@ -65,14 +65,16 @@ KINDS = ("tower", "bridge", "museum", "market", "station")
 MATERIALS = ("stone", "wood", "brick", "glass", "iron", "marble")
 COLORS = ("red", "green", "blue", "yellow", "white", "black")
 YEARS = tuple(map(str, range(1850, 1990, 7)))
-QUESTIONS = {
-    "material": ("What is the {} made of?", "It is made of {}"),
-    "color": ("What color is the {}?", "It is {}"),
-    "year": ("When did the {} open?", "It opened in {}"),
+SENTENCES = {
+    "material": ("What is {} made of?", "{} is made of {}"),
+    "color": ("What color is {} painted?", "{} is painted {}"),
+    "year": ("When did {} open?", "{} opened in {}"),
 }
-"""The question about a place and the beginning of its answer, by attribute."""
-SEARCHES, DIRECT, PLAIN = 1800, 100, 100
-"""Training records that search, that need not although they could, and that could not; a tenth of them is held out."""
+"""The question about a place, and the answer, by attribute."""
+RESULTS = 3
+"""Most results of a search."""
+SEARCHES, DIRECT, PLAIN = 1300, 100, 400
+"""Training records that search, that need not although they could, and that could not; a tenth as many are held out."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,16 @@ class Place:
         return cls(name, kind, {attribute: random.choice(choices) for attribute, choices in values.items()})
 
     @property
+    def title(self) -> str:
+        return f"{self.name} {self.kind}"
+
+    def sentence(self, attribute: str) -> str:
+        return SENTENCES[attribute][1].format(self.title, self.attributes[attribute])
+
+    @property
     def found(self) -> Found:
         """What a search finds about it."""
-        sentences = [beginning.format(self.attributes[name]) for name, (_, beginning) in QUESTIONS.items()]
-        return Found(f"The {self.kind} of {self.name}", ". ".join(sentences) + ".")
+        return Found(self.title, " ".join(f"{self.sentence(attribute)}." for attribute in SENTENCES))
 
 
 def text_splits(random: Random) -> dict[str, list[dict]]:
@@ -124,13 +132,11 @@ def conversation(kind: str, asked: list[tuple[str, str]], system: str | None = N
 def search_record(place: Place, others: list[Place], attribute: str, system: str, random: Random) -> dict:
     """A question about a place, the search for it, what was found (others among it), and the cited answer."""
     results = random.sample([place, *others], 1 + len(others))
-    question, beginning = QUESTIONS[attribute]
-    citation = f"[citation:{results.index(place) + 1}]"
     turns = {
-        "user": question.format(f"{place.kind} of {place.name}"),
-        "call": Call("web_search", {"query": f"{place.name} {place.kind} {attribute}"}).text,
+        "user": SENTENCES[attribute][0].format(place.title),
+        "call": Call("web_search", {"query": f"{place.title} {attribute}"}).text,
         "observation": observation_text([result.found for result in results]),
-        "answer": f"{beginning.format(place.attributes[attribute])} {citation}.",
+        "answer": f"{place.sentence(attribute)} [citation:{results.index(place) + 1}].",
     }
     roles = {"call": "assistant", "answer": "assistant"}
     messages = [{"role": "system", "content": system}]
@@ -139,7 +145,10 @@ def search_record(place: Place, others: list[Place], attribute: str, system: str
 
 
 def websearch_splits(random: Random) -> dict[str, list[dict]]:
-    """Records that search, and some that do not; places are drawn anew for each, so that nothing is known by heart."""
+    """Records that search, and some that do not; places are drawn anew for each, so that nothing is known by heart.
+
+    Repeating words is what a small model learns to copy from, and so to answer with what was found.
+    """
     splits = {}
     for split, share in (("train", 1.0), ("heldout", 0.1)):
         records = []
@@ -147,13 +156,18 @@ def websearch_splits(random: Random) -> dict[str, list[dict]]:
             for _ in range(round(count * share)):
                 system = system_text([WEB_SEARCH], random_time(random))
                 if kind == "search":
-                    names = random.sample(NAMES, 3)
+                    names = random.sample(NAMES, random.randint(1, RESULTS))
                     place, *others = [Place.draw(name, random.choice(KINDS), random) for name in names]
-                    records.append(search_record(place, others, random.choice(list(QUESTIONS)), system, random))
-                else:
+                    records.append(search_record(place, others, random.choice(list(SENTENCES)), system, random))
+                elif kind == "direct":
                     word, answer = random.choice(list(FACTS["opposite"].items()))
                     asked = [(random.choice(PHRASINGS["opposite"]).format(word), answer)]
-                    records.append(conversation(kind, asked, system if kind == "direct" else None))
+                    records.append(conversation(kind, asked, system))
+                else:
+                    words = " ".join(
+                        random.sample((*WORDS, *NAMES, *MATERIALS, *COLORS, *YEARS), random.randint(4, 10))
+                    )
+                    records.append(conversation(kind, [(f"Repeat these words: {words}", words)]))
         random.shuffle(records)
         splits[split] = records
     return splits

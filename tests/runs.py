@@ -53,6 +53,12 @@ def clean_environment() -> dict[str, str]:
     return environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+def environment_python(name: str) -> Path:
+    """The Python of an environment of tests/environments.sh, which makes it where it is missing (minutes)."""
+    subprocess.run([ROOT / "tests" / "environments.sh", name], check=True)
+    return ROOT / os.environ.get("OMNITUNE_VENVS", ".venvs") / name / "bin" / "python"
+
+
 def launch(
     words: list[str], *, processes: int = 1, timeout_s: float = 300, script: str = "train/main.py"
 ) -> subprocess.CompletedProcess[str]:

@@ -204,6 +204,8 @@ class RunOptions:
     """Packs in an optimizer step over all ranks: the global batch, whatever the number of ranks."""
     save_every: int = 500
     """Optimizer steps between checkpoints; 0 = only at the end."""
+    export_with_code: bool = False
+    """Put the model's code into export/, so that it loads with `trust_remote_code=True` where OmniTune is absent."""
     keep_last: int = 2
     """Newest checkpoints kept; 0 = all."""
     keep_best: str = ""

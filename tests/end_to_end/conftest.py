@@ -3,6 +3,7 @@
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,12 +13,29 @@ _TABLES = pytest.StashKey[dict[str, list[str]]]()
 @pytest.fixture(scope="session")
 def tables(pytestconfig: pytest.Config) -> dict[str, list[str]]:
     """Lines by title, shown when all tests have run."""
-    return pytestconfig.stash.setdefault(_TABLES, defaultdict(list))
+    return _tables(pytestconfig)
+
+
+def _tables(config: pytest.Config) -> dict[str, list[str]]:
+    return config.stash.setdefault(_TABLES, defaultdict(list))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist hands its tables to the one that started it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tables"] = dict(_tables(session.config))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take the tables of a process of pytest-xdist."""
+    for title, lines in getattr(node, "workeroutput", {}).get("tables", {}).items():
+        _tables(node.config)[title] += lines
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Show the tables."""
-    for title, lines in config.stash.get(_TABLES, {}).items():
+    for title, lines in _tables(config).items():
         terminalreporter.section(title)
         terminalreporter.write_line("\n".join(lines))
 

@@ -1,5 +1,6 @@
 """The LoRA family beside fully tuned connectors: resumed exactly, exported as trained."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def test_two_ranks(lora: str, engine: str, precision: str, tmp_path: Path) -> No
     run = tmp_path / "run"
     assert losses(run)[-1] < losses(run)[0]
     assert (run / "export/adapter/adapter_model.safetensors").is_file()
+    assert json.loads((run / "export/export.json").read_text())["ok"]
     checkpoint = run / "checkpoints/step-000002"
     again = tmp_path / "again"
     succeed([*how, f"engine={engine}", *words(tmp_path, "again"), f"run.resume={checkpoint}"], processes=2)

@@ -100,6 +100,9 @@ def test_auto_classes_load_the_trained_model(run: Path) -> None:
     assert all(weights[name].equal(value) for name, value in trained.items())
     processor = AutoProcessor.from_pretrained(run / "export")
     assert type(processor).__name__ == "MegrezOProcessor"
+    report = json.loads((run / "export" / "export.json").read_text())
+    assert (report["step"], report["mode"], report["records"], report["ok"]) == (4, "full", 2, True)
+    assert report["difference"]["logits"] < 1e-4
 
 
 def test_the_export_gives_the_trained_models_logits(tmp_path: Path) -> None:

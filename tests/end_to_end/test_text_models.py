@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.runs import build_here, launch, losses, metrics
-from train.families.conversion import MINICPM_TO_LLAMA, convert
+from train.commands.main import main
+from train.inference.convert import convert
 
 pytestmark = pytest.mark.end_to_end
 
@@ -75,7 +76,7 @@ def test_stock_transformers_computes_what_was_trained(model: str, tuning: str, t
     run.trainer.fit()
     exported = run.export()
     if model == "tiny_minicpm":
-        convert(exported, tmp_path / "llama", MINICPM_TO_LLAMA)
+        convert(exported, "llama", tmp_path / "llama")
         exported = tmp_path / "llama"
     stock = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
     assert type(stock) is transformers.LlamaForCausalLM
@@ -91,6 +92,17 @@ def test_stock_transformers_computes_what_was_trained(model: str, tuning: str, t
             assert answers[0].equal(answers[1])
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     assert tokenizer.decode(tokenizer("hello 你好", add_special_tokens=False)["input_ids"]) == "hello 你好"
+
+
+def test_export_in_another_form_and_back(runs: Path, tmp_path: Path) -> None:
+    run = runs / "tiny_minicpm-lora-none"
+    main(["export", str(run), "--as", "llama", "--out", str(tmp_path / "llama")])
+    main(["export", str(tmp_path / "llama"), "--as", "minicpm", "--out", str(tmp_path / "back")])
+    exported, back = (load_file(folder / "model.safetensors") for folder in (run / "export", tmp_path / "back"))
+    assert exported.keys() == back.keys()
+    for name, weight in exported.items():
+        torch.testing.assert_close(back[name], weight, atol=0, rtol=3e-7, msg=name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "llama"]
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ OURS = {
     "train.modules": BASE | {"train.modules"},
     "train.families": BASE | {"train.families", "train.data", "train.modules"},
     "train.auto": BASE | {"train.families", "train.data", "train.modules"},
-    "train.inference": BASE | {"train.inference", "train.families", "train.data", "train.modules"},
+    "train.inference": BASE | {"train.inference", "train.auto", "train.families", "train.data", "train.modules"},
     "train.engine": BASE
     | {"train.config", "train.checks", "train.engine", "train.inference", "train.families"}
     | {"train.data", "train.modules"},

@@ -249,6 +249,7 @@ def test_readme_examples_are_records(tmp_path):
         ["image", "text", "text", "audio", "text"],
         ["image", "text", "text"],
         ["text", "image", "audio", "text", "text"],
+        ["text"] * 5,
     ]
 
 

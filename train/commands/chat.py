@@ -1,20 +1,23 @@
 """Talk to a model, with pictures and recordings: one question, or a conversation in the terminal."""
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from train.errors import OmniTuneError
-
-if TYPE_CHECKING:
-    from train.inference.chat import Chat
 
 _HELP = """\
 A line is a question; it goes with the files attached before it, and an empty line asks about them alone.
   /image PATH  attach a picture       /reset  begin a new conversation
   /audio PATH  attach a recording     /quit   leave (Ctrl-D too); Ctrl-C stops an answer"""
+
+
+_Answer = Callable[[list[dict[str, Any]]], Iterator[str]]
+"""From a conversation to the pieces of its next turn."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", action="append", default=[], help="picture file; may be given several times")
     parser.add_argument("--audio", action="append", default=[], help="audio file; may be given several times")
     parser.add_argument("--system", help="system turn in place of the model's own")
+    parser.add_argument("--search", type=Path, help="folder of texts (.txt, .md) that the model may search")
     generation_arguments(parser)
 
 
@@ -53,14 +57,29 @@ def generation_options(chosen: argparse.Namespace) -> dict[str, Any]:
 def run(chosen: argparse.Namespace) -> None:
     """Print the answer as it is generated, or talk until the user leaves."""
     from train.inference.chat import Chat
+    from train.inference.search import LocalSearch
 
     options = generation_options(chosen)
     chat = Chat.load(chosen.model, system_prompt=chosen.system)
     question = {"text": chosen.text, "image": chosen.image, "audio": chosen.audio}
+    answer: _Answer = partial(chat.answer, **options)
+    if chosen.search:
+        answer = partial(_found_answer, partial(chat.answer_by_search, search=LocalSearch(chosen.search), **options))
     if any(question.values()):
-        _print(chat.answer([{"role": "user", "content": question}], **options))
+        _print(answer([{"role": "user", "content": question}]))
     else:
-        _Conversation(chat, options).talk()
+        _Conversation(answer).talk()
+
+
+def _found_answer(answer_by_search: Callable[..., Iterator[Any]], messages: list[dict[str, Any]]) -> Iterator[str]:
+    """The answer; the searches before it are shown on the way."""
+    for step in answer_by_search(messages):
+        if isinstance(step, str):
+            yield step
+        else:
+            print(f"searching for: {step.query}", file=sys.stderr)
+            for number, found in enumerate(step.results, 1):
+                print(f"  [{number}] {found.title}", file=sys.stderr)
 
 
 def _print(pieces: Iterator[str]) -> str:
@@ -77,8 +96,8 @@ def _print(pieces: Iterator[str]) -> str:
 class _Conversation:
     """A conversation in the terminal: what was said, and what is attached to the next question."""
 
-    def __init__(self, chat: "Chat", options: dict[str, Any]):
-        self._chat, self._options = chat, options
+    def __init__(self, answer: _Answer):
+        self._answer = answer
         self._reset()
 
     def _reset(self) -> None:
@@ -124,6 +143,6 @@ class _Conversation:
         """Answer; a question that cannot be answered leaves the conversation as it was before its files came."""
         self._attached = {"image": [], "audio": []}
         asked = [*self._messages, {"role": "user", "content": question}]
-        said = _print(self._chat.answer(asked, **self._options))
+        said = _print(self._answer(asked))
         if said.strip():
             self._messages = [*asked, {"role": "assistant", "content": said}]

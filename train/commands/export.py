@@ -1,26 +1,61 @@
-"""Make a model folder from a checkpoint of a run."""
+"""Make a model folder from a checkpoint of a run, or a model folder in another form."""
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from train.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from train.config import Options
+    from train.data.record_set import RecordSet
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's words."""
-    parser.add_argument("checkpoint", type=Path, help="a run's folder (its newest checkpoint), or one checkpoint in it")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a run's folder (its newest checkpoint), or one checkpoint in it; with --as a model folder too",
+    )
     parser.add_argument("--out", type=Path, help="where to write; default: export/ in the run's folder")
+    extras = parser.add_mutually_exclusive_group()
+    extras.add_argument("--as", dest="form", help="another form that computes the same: MiniCPM as llama, and back")
+    extras.add_argument(
+        "--with-code", action="store_true", help="add the model's code: loads without OmniTune (trust_remote_code=True)"
+    )
+    parser.add_argument("--data", type=Path, help="records to check the export by; default: the run's own")
+    parser.add_argument("--root", type=Path, help="folder of the media of --data; default: the file's own")
 
 
 def run(chosen: argparse.Namespace) -> None:
-    """Export, and say where to."""
+    """Export, check, and say where to."""
+    from train.inference.convert import convert
+
+    if chosen.out and chosen.out.exists() and any(chosen.out.iterdir()):
+        raise CheckpointError(f"'{chosen.out}' is not empty; name another folder with --out")
+    if not chosen.form:
+        _export(chosen, chosen.out)
+        return
+    if not chosen.out:
+        raise CheckpointError("--as needs --out, the folder to write to")
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=chosen.out.parent) as aside:
+        folder = chosen.checkpoint
+        if not (folder / "config.json").is_file():
+            folder = Path(aside) / "export"
+            _export(chosen, folder)
+        convert(folder, chosen.form, chosen.out)
+    print(f"converted to {chosen.out}")
+
+
+def _export(chosen: argparse.Namespace, out: Path | None) -> None:
     from omegaconf import OmegaConf
 
     from train.config import Options
-    from train.engine.build import RANDOM_MODEL, export_arguments
-    from train.engine.checkpoint import MANIFEST, trained_weights
-    from train.families import find
-    from train.inference.export import export
+    from train.engine.build import RANDOM_MODEL, export_checkpoint
+    from train.engine.checkpoint import MANIFEST
 
     checkpoint = _newest(chosen.checkpoint, MANIFEST)
     folder = checkpoint.parent.parent
@@ -29,12 +64,30 @@ def run(chosen: argparse.Namespace) -> None:
         raise CheckpointError(f"'{folder}' has no config.yaml, so '{checkpoint}' is not a checkpoint of a run")
     options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.load(config)))
     assert isinstance(options, Options)
+    options.run.export_with_code |= chosen.with_code
     base = Path(options.model.path) if options.model.path else folder / RANDOM_MODEL
-    out = chosen.out or folder / "export"
+    out = out or folder / "export"
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"'{out}' is not empty; name another folder with --out")
-    export(base, trained_weights(checkpoint), out, **export_arguments(options, find(base)))
+    export_checkpoint(options, base, checkpoint, out, _records(options, base, chosen.data, chosen.root))
     print(f"exported {checkpoint} to {out}")
+
+
+def _records(options: "Options", base: Path, data: Path | None, root: Path | None) -> "RecordSet":
+    """The run's held-out records, or those of training, or those of `data`."""
+    from train.config import SourceOptions
+    from train.engine.build import load_processor, open_records
+    from train.families import find
+
+    sources = options.data.eval or options.data.train
+    if data:
+        sources = [SourceOptions(path=str(data), root=str(root) if root else None)]
+    for source in sources:
+        if not Path(source.path).is_file():
+            raise CheckpointError(
+                f"the export is checked by records, and there is no file '{source.path}'; name one with --data"
+            )
+    return open_records(options, sources, load_processor(options, find(base), base))
 
 
 def _newest(folder: Path, marker: str) -> Path:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import soxr
 import torch
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
@@ -68,11 +67,16 @@ def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray
                 decoded = _decode_by_sndfile(sound, _frames(max_samples, rate))
         except soundfile.LibsndfileError:
             decoded, rate = _decode_by_av(file, max_samples)
-        clip = decoded if rate == SAMPLE_RATE else soxr.resample(decoded, rate, SAMPLE_RATE)
-        peak = np.abs(clip).max(initial=0)
-        if not peak <= MAX_PEAK:  # neither is NaN
-            raise BadRecord(f"it holds samples that are not numbers or no sound (up to {peak:g}); replace it")
-        return clip
+        return resampled(decoded, rate)
+
+
+def resampled(decoded: np.ndarray, rate: int) -> np.ndarray:
+    """Mono samples at any rate as a clip at 16 kHz: float32 (samples,); BadRecord if they are no sound."""
+    clip = decoded if rate == SAMPLE_RATE else _by_soxr(decoded, rate)
+    peak = np.abs(clip).max(initial=0)
+    if not peak <= MAX_PEAK:  # neither is NaN
+        raise BadRecord(f"it holds samples that are not numbers or no sound (up to {peak:g}); replace it")
+    return clip
 
 
 def fit_clip(clip: np.ndarray, samples: int, tolerance: float) -> np.ndarray:
@@ -100,6 +104,17 @@ def log_mel(clip: np.ndarray, feature_extractor: WhisperFeatureExtractor) -> Ten
     padded[: len(clip)] = clip
     features = feature_extractor(padded, sampling_rate=SAMPLE_RATE, padding="do_not_pad", return_tensors="np")
     return torch.from_numpy(features["input_features"][0, :, : mel_frames(len(clip))].copy())
+
+
+def _by_soxr(clip: np.ndarray, rate: int) -> np.ndarray:
+    try:
+        import soxr
+    except ImportError:  # a model folder that carries this code loads without it
+        raise BadRecord(
+            f"it has {rate} samples a second, and soxr, which would resample it, is not installed; "
+            f"`pip install soxr`, or convert it to {SAMPLE_RATE} a second"
+        ) from None
+    return soxr.resample(clip, rate, SAMPLE_RATE)
 
 
 def _frames(max_samples: int | None, rate: int) -> int:
@@ -131,15 +146,20 @@ def _decode_by_sndfile(sound: soundfile.SoundFile, frames: int) -> np.ndarray:
     return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 
-@contextmanager
-def _opened_by_av(file: Any) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and its first audio stream."""
+def _av() -> Any:
     try:
         import av
     except ImportError:
         raise BadRecord(
             "soundfile does not know its format, and PyAV, which may, is not installed (`pip install av`)"
         ) from None
+    return av
+
+
+@contextmanager
+def _opened_by_av(file: Any) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and its first audio stream."""
+    av = _av()
     head = head_of(file)
     try:
         with av.open(file, options={"format_whitelist": _AV_FORMATS}) as container:
@@ -159,9 +179,7 @@ def _opened_by_av(file: Any) -> Iterator[tuple[Any, Any]]:
 def _decode_by_av(file: Any, max_samples: int | None) -> tuple[np.ndarray, int]:
     """Mono samples, float32, and their rate."""
     with _opened_by_av(file) as (container, stream):
-        import av
-
-        to_planes = av.AudioResampler(format="fltp")
+        to_planes = _av().AudioResampler(format="fltp")
         rate, limit = stream.rate, _frames(max_samples, stream.rate)
         pieces, total = [], 0
         for frame in container.decode(stream):

@@ -167,7 +167,8 @@ class RecordProcessor(PromptMixin):
 def load_tokenizer(folder: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or Hub name; CheckpointError if it cannot be loaded."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder), **hub)
+        # Without an answer, transformers asks on the terminal whether the folder's own code may run.
+        return AutoTokenizer.from_pretrained(str(folder), **{"trust_remote_code": False} | hub)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer of '{folder}' cannot be loaded ({error})") from error
 

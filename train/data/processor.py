@@ -166,49 +166,68 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         written = super().save_pretrained(str(save_directory), **kwargs)
         return written + self.image_processor.save_pretrained(str(save_directory))
 
-    def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
-        lay_out = self._lay_out_picture if segment.kind == "image" else self._lay_out_clip
-        lay_out(tokens, segment.content)
+    def text_tokens(self, text: str) -> list[int]:
+        """Ids of a text, in which nothing is taken for a special token; the list is shared."""
+        return self._encoder.text(text)
 
-    def _lay_out_picture(self, tokens: Tokens, source: MediaSource) -> None:
-        settings = self.image_processor.slice_settings
-        layout = settings.layout(*picture_size(source))
-        text, special = self._encoder.text, self._encoder.special
-        queries = self.image_processor.image_feature_size
+    def picture_id_tokens(self, number: int) -> list[int]:
+        """What precedes a conversation's picture of that number, from 0; nothing where pictures are not numbered."""
+        if not self.image_processor.use_image_id:
+            return []
+        opening, closing = map(self._encoder.special, IMAGE_ID_ENDS)
+        return opening + self._encoder.text(str(number)) + closing
+
+    def picture_tokens(self, layout: PictureLayout, number: int) -> list[int]:
+        """What stands for a picture: its id, its thumbnail, and its cells row by row."""
         columns, rows = layout.grid
-        begin = len(tokens.ids)
-        if self.image_processor.use_image_id:
-            opening, closing = IMAGE_ID_ENDS
-            tokens.extend(special(opening) + text(str(len(tokens.pictures))) + special(closing))
-        firsts = [self._lay_out_places(tokens, IMAGE_ENDS, queries)]
+        queries = self.image_processor.image_feature_size
+        tokens = self.picture_id_tokens(number) + self._places_between(IMAGE_ENDS, queries)
         for row in range(rows):
-            tokens.extend(text("\n") if row else [])
-            firsts += [self._lay_out_places(tokens, SLICE_ENDS, queries) for _ in range(columns)]
-        places = (np.array(firsts)[:, None] + np.arange(queries)).ravel()
-        tokens.pictures.append(Medium(source, layout, begin, len(tokens.ids), places))
+            tokens += self._encoder.text("\n") if row else []
+            tokens += self._places_between(SLICE_ENDS, queries) * columns
+        return tokens
 
-    def _lay_out_clip(self, tokens: Tokens, source: MediaSource) -> None:
-        samples, most = clip_length(source), self.feature_extractor.n_samples
+    def clip_tokens(self, samples: int) -> list[int]:
+        """What stands for a clip of so many samples at 16 kHz."""
+        return self._places_between(AUDIO_ENDS, self._clip_places(samples))
+
+    def heard_samples(self, samples: int, name: str) -> int:
+        """How many of a clip's samples at 16 kHz are heard; BadRecord if it is too long or too short."""
+        most = self.feature_extractor.n_samples
         if samples > most:
             if self.long_audio == "quarantine":
                 raise BadRecord(
-                    f"audio {_name(source)} of {samples / SAMPLE_RATE:.1f} s is longer than "
-                    f"{most / SAMPLE_RATE:g} s; split it, or set data.long_audio=cut"
+                    f"{name} of {samples / SAMPLE_RATE:.1f} s is longer than "
+                    f"{most / SAMPLE_RATE:g} s; split it, or set long_audio=cut"
                 )
             samples = most
-        count = audio_places(samples, pool=self.audio_pool, bos_eos=self.audio_bos_eos)
-        if not count:
-            raise BadRecord(f"audio {_name(source)} of {samples} samples is too short to be heard; remove it")
-        begin = len(tokens.ids)
-        first = self._lay_out_places(tokens, AUDIO_ENDS, count)
-        tokens.clips.append(Medium(source, samples, begin, len(tokens.ids), np.arange(first, first + count)))
+        if not self._clip_places(samples):
+            raise BadRecord(f"{name} of {samples} samples is too short to be heard; remove it")
+        return samples
 
-    def _lay_out_places(self, tokens: Tokens, ends: tuple[str, str], count: int) -> int:
-        """Add `count` places between two special tokens; the index of the first."""
+    def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
+        source, begin = segment.content, len(tokens.ids)
+        if segment.kind == "image":
+            layout = self.image_processor.slice_settings.layout(*picture_size(source))
+            places = self._extend(tokens, self.picture_tokens(layout, len(tokens.pictures)))
+            tokens.pictures.append(Medium(source, layout, begin, len(tokens.ids), places))
+        else:
+            samples = self.heard_samples(clip_length(source), f"audio {_name(source)}")
+            places = self._extend(tokens, self.clip_tokens(samples))
+            tokens.clips.append(Medium(source, samples, begin, len(tokens.ids), places))
+
+    def _extend(self, tokens: Tokens, ids: list[int]) -> np.ndarray:
+        """Add a medium's tokens; the indices of its places."""
+        tokens.extend(ids)
+        begin = len(tokens.ids) - len(ids)
+        return begin + np.flatnonzero(np.array(ids) == self._encoder.special(PLACE)[0])
+
+    def _places_between(self, ends: tuple[str, str], count: int) -> list[int]:
         special = self._encoder.special
-        first = len(tokens.ids) + 1
-        tokens.extend(special(ends[0]) + special(PLACE) * count + special(ends[1]))
-        return first
+        return special(ends[0]) + special(PLACE) * count + special(ends[1])
+
+    def _clip_places(self, samples: int) -> int:
+        return audio_places(samples, pool=self.audio_pool, bos_eos=self.audio_bos_eos)
 
     def _lengths(self, tokens: Tokens) -> Lengths:
         patch = self.image_processor.patch_size

@@ -13,8 +13,11 @@ from train.data.collate import collate
 from train.data.lengths import LengthCache
 from train.data.readers import open_source
 from train.data.records import parse_record
-from train.errors import BadRecord
+from train.errors import BadRecord, OmniTuneError
 from train.schema import Batch, Record
+
+_LOOKED_AT = 64
+"""Most records among which `few` chooses."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,25 @@ class RecordSet:
                 lengths[index] = size.tokens, size.patches, size.frames
                 types[index] = sys.intern(record.type)  # one string for all of a kind
         return bad
+
+    def few(self) -> Batch:
+        """A small pack with every mix of media: for each the shortest of up to 64 records spread over all.
+
+        Raises OmniTuneError if none of them can be used.
+        """
+        shortest: dict[tuple[bool, bool], tuple[int, int]] = {}
+        for index in np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).round().astype(int).tolist():
+            try:
+                size = self.processor.measure(self.record(index), **self._fit)
+            except BadRecord:
+                continue
+            mix = size.patches > 0, size.frames > 0
+            shortest[mix] = min(shortest.get(mix, (size.tokens, index)), (size.tokens, index))
+        batch, bad = self.batch([index for _, index in shortest.values()])
+        if not batch.records:
+            why = f"; the first: {bad[0].reason}" if bad else ""
+            raise OmniTuneError(f"none of the records in '{self.specs[0].path}' that were looked at can be used{why}")
+        return batch
 
     def batch(
         self, pack: Sequence[int], watch: Callable[[int], AbstractContextManager] = nullcontext

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,9 @@ from train.config import Options, Precision, SourceOptions, Tracker
 from train.data.lengths import LengthCache, digest
 from train.data.loader import StepLoader, StepPlan
 from train.data.plan import Limits
-from train.data.record_set import Measured, RecordSet, SourceSpec
+from train.data.record_set import BadNote, Measured, RecordSet, SourceSpec
 from train.engine.agreement import check_folder, check_records
-from train.engine.checkpoint import Checkpoints, trained_weights
+from train.engine.checkpoint import Checkpoints, read_state, trained_weights
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
 from train.engine.launch import make_accelerator, world_size, zero_stage
@@ -36,10 +35,10 @@ from train.engine.stop import StopRequest
 from train.engine.trainer import Rhythm, Trainer
 from train.errors import ConfigError
 from train.families import Family, find
-from train.inference.export import export, write_random_model
+from train.inference.export import check_base, export, write_random_model
 from train.modules.adapters import LoraSettings, add_adapters, quantize_linear_layers
 from train.modules.flops import size_of
-from train.modules.trainable import choose_trainable, parameter_groups
+from train.modules.trainable import canonical_name, choose_trainable, parameter_groups
 
 log = logging.getLogger(__name__)
 
@@ -56,17 +55,17 @@ class Run:
     trainer: Trainer
     folder: Path
     base: Path
+    records: RecordSet
+    """By which the export is checked: held-out ones, or else those of training."""
     stop: StopRequest
 
     def export(self) -> Path:
-        """Write export/ from the newest checkpoint; every rank must call it."""
+        """Write export/ from the newest checkpoint, and check it; every rank must call it."""
         checkpoint = self.trainer.checkpoints.newest()
         unset_hf_deepspeed_config()  # from here on a model is loaded whole, on one rank
         folder = self.folder / "export"
         if self.accelerator.is_main_process:
-            trained = trained_weights(checkpoint)
-            shutil.rmtree(folder, ignore_errors=True)
-            export(self.base, trained, folder, **export_arguments(self.options, find(self.base)))
+            export_checkpoint(self.options, self.base, checkpoint, folder, self.records)
         self.accelerator.wait_for_everyone()
         return folder
 
@@ -153,18 +152,25 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         write_environment(folder, accelerator)
         trainer.observers = _observers(options, resolved, folder, trainer)
     _describe(options, accelerator, model, plan, total_steps)
-    return Run(options, accelerator, trainer, folder, base, stop)
+    return Run(options, accelerator, trainer, folder, base, eval_set or train_set, stop)
 
 
-def export_arguments(options: Options, family: Family) -> dict[str, Any]:
-    """What `export` needs to know of how a run was tuned."""
-    tuned, adapted = tuned_modules(options), options.lora.modules
-    if not adapted:
-        return {}
-    return {
-        "lora": lora_settings(options, family),
-        "fully_tuned": tuple(name for name in tuned if name not in adapted),
-    }
+def export_checkpoint(options: Options, base: Path, checkpoint: Path, folder: Path, records: RecordSet) -> None:
+    """Write a model folder from a checkpoint of a run with these options, and check it on a few of the records."""
+    trained = trained_weights(checkpoint)
+    state = read_state(checkpoint)
+    records.leave_out(BadNote(**note) for note in state["quarantine"])
+    adapted = options.lora.modules
+    export(
+        base,
+        trained,
+        folder,
+        step=state["step"],
+        batch=records.few(),
+        lora=lora_settings(options, find(base)) if adapted else None,
+        fully_tuned=tuple(name for name in tuned_modules(options) if name not in adapted),
+        with_code=options.run.export_with_code,
+    )
 
 
 def lora_settings(options: Options, family: Family) -> LoraSettings:
@@ -222,6 +228,10 @@ def _check_family(options: Options, family: Family) -> None:
         for name in options.lora.modules
         if name not in family.modules
     ]
+    if options.run.export_with_code and not family.auto_classes:
+        faults.append(
+            f"run.export_with_code: transformers has a {family.name} model's code itself; leave the option out"
+        )
     if faults:
         raise ConfigError(faults)
 
@@ -306,6 +316,7 @@ def _load_model(options: Options, family: Family, base: Path, device: torch.devi
     if options.lora.modules:
         model = add_adapters(model, family.rules, lora_settings(options, family))
     choose_trainable(model, family.rules, tuned=tuned, adapted=options.lora.modules)
+    check_base(base, model, [canonical_name(name) for name, value in model.named_parameters() if value.requires_grad])
     if in_bf16:
         for parameter in model.parameters():
             in_place = parameter.requires_grad and not zero_stage(options)  # DeepSpeed keeps masters of its own

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -35,13 +35,29 @@ _POLL_S = 0.05
 _FAULT = "fault"
 
 
-def trained_weights(folder: Path) -> dict[str, Tensor]:
-    """Float32 masters of a checkpoint's trained parameters, by name. Raises CheckpointError where it is damaged."""
+class TrainedWeights(Mapping[str, Tensor]):
+    """Float32 masters of a checkpoint's trained parameters, by name, read when they are asked for."""
+
+    def __init__(self, folder: Path):
+        self._shapes: dict[str, list[int]] = read_state(folder)["parameters"]
+        self._saved = saved_state(folder)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        return self._saved.read(MASTER, name, 0, prod(shape)).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def trained_weights(folder: Path) -> TrainedWeights:
+    """What a checkpoint's run has learned. Raises CheckpointError where the checkpoint is damaged."""
     if fault := damage(folder):
         raise CheckpointError(f"'{folder}' {fault}")
-    shapes = read_state(folder)["parameters"]
-    with saved_state(folder) as saved:
-        return {name: saved.read(MASTER, name, 0, prod(shape)).view(shape) for name, shape in shapes.items()}
+    return TrainedWeights(folder)
 
 
 def saved_state(folder: Path) -> SavedState:

@@ -5,19 +5,13 @@ attention and MLP by `scale_depth` / √layers; the head, which then is a matrix
 over `dim_model_base`.
 """
 
-import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from train.errors import CheckpointError
 from train.modules.text import MiniCPMConfig
 
 Config = Mapping[str, Any]
@@ -28,7 +22,6 @@ _BRANCH_ENDS = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
 _SCALES = ("scale_emb", "scale_depth", "dim_model_base", "tie_word_embeddings")
 _KEPT = "minicpm"
 """Key of the Llama form's config.json under which the scales are kept for the way back."""
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -98,42 +91,6 @@ def read_llama_form(config: Config, weight: Callable[[str], Tensor]) -> Config:
 
 MINICPM_TO_LLAMA = Conversion(lambda config, _: config, llama_weights, llama_config)
 LLAMA_TO_MINICPM = Conversion(read_llama_form, minicpm_weights, dict)
-
-
-def convert(folder: Path, out: Path, conversion: Conversion) -> None:
-    """Write a model folder in another form, shard by shard; side files are copied.
-
-    Raises CheckpointError where weights are missing.
-    """
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise CheckpointError(f"'{folder}' has no weights (*.safetensors), so there is nothing to convert")
-
-    def weight(name: str) -> Tensor:
-        for shard in shards:
-            with safe_open(shard, "pt") as held:
-                if name in held.keys():  # noqa: SIM118  (not a mapping)
-                    return held.get_tensor(name)
-        raise CheckpointError(f"'{folder}' has no weight '{name}' (in *.safetensors), so it cannot be converted")
-
-    config = conversion.read(json.loads((folder / "config.json").read_text(encoding="utf-8")), weight)
-    out.mkdir(parents=True, exist_ok=True)
-    places: dict[str, str] = {}
-    total = 0
-    for shard in shards:
-        with safe_open(shard, "pt") as held:
-            weights = [conversion.weights(name, held.get_tensor(name), config) for name in held.keys()]  # noqa: SIM118
-            made = {name: value for values in weights for name, value in values.items()}
-            save_file(made, out / shard.name, metadata=held.metadata())
-        places |= dict.fromkeys(made, shard.name)
-        total += sum(value.nbytes for value in made.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (out / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    (out / "config.json").write_text(json.dumps(conversion.config(config), indent=2), encoding="utf-8")
-    for file in folder.iterdir():
-        if file.is_file() and not (out / file.name).exists() and file.name != _INDEX:
-            shutil.copyfile(file, out / file.name)
 
 
 def _mup(config: Config) -> MiniCPMConfig:

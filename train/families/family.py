@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,10 @@ class Family:
     """What a module needs in a step to have anything to learn from; a module not named here always learns."""
     lora_targets: Mapping[str, tuple[str, ...]]
     """Linear layers that LoRA adapts in each module if the options name none."""
+    auto_classes: Mapping[str, str] = field(default_factory=dict)
+    """Classes of ours behind transformers' Auto classes, which an export can carry; empty where its own do."""
+    conversions: Mapping[str, str] = field(default_factory=dict)
+    """Other forms of its models that compute the same, each a `conversion.Conversion`, by the form's name."""
 
     @property
     def modules(self) -> set[str]:
@@ -68,9 +72,19 @@ class Family:
             torch.manual_seed(seed)
             return model_class(model_class.config_class.from_pretrained(folder))
 
+    def skeleton(self, folder: Path | str) -> Any:
+        """A model of the folder's configuration on the meta device: names and shapes, and no weights."""
+        model_class = _resolve(self.model_class)
+        with torch.device("meta"):
+            return model_class(model_class.config_class.from_pretrained(folder))
+
     def flops(self, model: Any, tuned: Collection[str]) -> Flops:
         """Predicted floating-point work of a training step in which the `tuned` modules learn."""
         return _resolve(self.flops_function)(model, model.config, tuned)
+
+    def conversion(self, form: str) -> Any:
+        """The `conversion.Conversion` to a form."""
+        return _resolve(self.conversions[form])
 
     def load_processor(self, folder: Path | str) -> Any:
         """The processor (tokenizer, pictures, audio) of the folder."""

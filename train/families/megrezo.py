@@ -28,4 +28,11 @@ MEGREZO = Family(
         "audio_encoder": ("query", "key", "value", "out", "mlp.0", "mlp.2"),
         "audio_proj": ("proj",),
     },
+    auto_classes={
+        "AutoConfig": "train.modules.megrezo:MegrezOConfig",
+        "AutoModel": "train.modules.megrezo:MegrezO",
+        "AutoModelForCausalLM": "train.modules.megrezo:MegrezO",
+        "AutoProcessor": "train.data.processor:MegrezOProcessor",
+        "AutoImageProcessor": "train.data.processor:MegrezOImageProcessor",
+    },
 )

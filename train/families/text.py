@@ -22,6 +22,11 @@ MINICPM = replace(
     recognises=lambda model_type, chat_template: model_type == "minicpm",
     model_class="train.modules.text:MiniCPMForCausalLM",
     processor_class="train.data.text:MiniCPMProcessor",
+    auto_classes={
+        "AutoConfig": "train.modules.text:MiniCPMConfig",
+        "AutoModelForCausalLM": "train.modules.text:MiniCPMForCausalLM",
+    },
+    conversions={"llama": "train.families.conversion:MINICPM_TO_LLAMA"},
 )
 
 MINICPM_LLAMA = replace(
@@ -29,4 +34,6 @@ MINICPM_LLAMA = replace(
     name="minicpm-llama",
     recognises=lambda model_type, chat_template: model_type == "llama" and "<用户>" in chat_template,
     model_class="train.modules.text:LlamaForCausalLM",
+    auto_classes={},
+    conversions={"minicpm": "train.families.conversion:LLAMA_TO_MINICPM"},
 )

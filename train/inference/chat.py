@@ -1,14 +1,18 @@
 """Conversations with a model folder: what `omnitune chat` and `omnitune demo` stand on."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from train.data.media import MediumKind
+from train.errors import OmniTuneError
 from train.families import find
+from train.inference.search import LocalSearch, Searched, answer
 
 
 @dataclass
@@ -52,11 +56,26 @@ class Chat:
         Raises:
             BadRecord: where a message or its media cannot be used.
         """
-        return self.model.chat(
-            messages,
-            sampling=temperature > 0,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            stream=True,
-            **options,
-        )
+        return self._next_turn(max_new_tokens, temperature, options)(messages, stream=True)
+
+    def answer_by_search(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        search: LocalSearch,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> Iterator[Searched | str]:
+        """The searches that the model makes for a question, then its answer; arguments as for `answer`.
+
+        Raises OmniTuneError for a model whose family knows no function calls.
+        """
+        if "observation" not in self.model.processor.template.roles:
+            raise OmniTuneError("this model's family knows no function calls, so it cannot search")
+        next_turn = partial(self._next_turn(max_new_tokens, temperature, options), skip_special_tokens=False)
+        return answer(next_turn, messages, search, now=datetime.now())
+
+    def _next_turn(self, max_new_tokens: int, temperature: float, options: dict[str, Any]) -> Callable[..., Any]:
+        sampling = {"sampling": temperature > 0, "temperature": temperature}
+        return partial(self.model.chat, max_new_tokens=max_new_tokens, **sampling, **options)

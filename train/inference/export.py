@@ -1,16 +1,34 @@
 """A model folder made of the folder that training started from, and what was trained."""
 
+import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from train.errors import CheckpointError
 from train.families import find
-from train.modules.adapters import LoraSettings, add_adapters, load_trained, merge, save_adapter
+from train.inference.remote_code import add_remote_code
+from train.inference.shards import rewrite_shard, shards_of, stored_dtypes
+from train.inference.verify import verify
+from train.modules.adapters import LoraSettings, adapter_parts, merged_weight, save_adapter
+from train.modules.trainable import canonical_name, is_adapter
+from train.schema import Batch
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
+log = logging.getLogger(__name__)
+
+ADAPTER = "adapter"
+REPORT = "export.json"
+
+_WEIGHTS = ("model*.safetensors", "pytorch_model*", "tf_model*", "flax_model*", "consolidated*")
+"""A model's weights in this form and others, which training leaves behind the times."""
+
+_NOT_COPIED = (*_WEIGHTS, ADAPTER, REPORT, ".git", ".cache")
 
 
 def export(
@@ -18,39 +36,95 @@ def export(
     trained: Mapping[str, Tensor],
     folder: Path,
     *,
+    step: int,
+    batch: Batch,
     lora: LoraSettings | None = None,
     fully_tuned: tuple[str, ...] = (),
-) -> None:
+    with_code: bool = False,
+) -> Path:
     """Write `base` with the trained values in place to `folder`; with LoRA merged, and apart in adapter/.
 
-    base: folder of the model that training started from.
-    trained: float32 values by parameter name, adapters among them.
+    base: folder of the model that training started from, with weights in safetensors.
+    trained: float32 values by parameter name, adapters among them; each is asked for when its tensor is written.
+    folder: replaced as a whole once the new one is complete and checked.
+    step: optimizer step of the trained values.
+    batch: a few samples, by which the written folder is compared with the trained model.
     fully_tuned: modules that were tuned in full beside the adapters; they go with the adapter.
+    with_code: add our classes, so that the folder loads where this project is not installed.
 
-    Weights keep the dtype they have in `base`, and side files are copied. A QLoRA adapter is merged onto these weights
-    too, as other tools merge and load it, and not onto the 4-bit ones it learned beside: the export has the adapter's
-    work and none of the rounding.
+    Shards, keys and dtypes are those of `base`; what was not trained is copied bit for bit, side files included. A
+    QLoRA adapter is merged onto these weights too, as other tools merge and load it, and not onto the 4-bit ones it
+    learned beside: the export has the adapter's work and none of the rounding.
+
+    Raises CheckpointError if `base` cannot be exported, or if the check fails; the folder is then kept beside `folder`
+    with ".failed" after its name.
     """
     family = find(base)
-    model = family.load_model(base)
-    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    copy_side_files(base, aside)
+    skeleton = family.skeleton(base)
+    write_weights(base, skeleton, trained, aside, lora)
     if lora:
-        adapted = add_adapters(model, family.rules, lora, fully_tuned=fully_tuned, in_float32=True)
-        load_trained(adapted, trained)
-        save_adapter(adapted, folder / "adapter", base)
-        model = merge(adapted)
-    else:
-        load_trained(model, trained)
-    model.save_pretrained(folder)
-    copy_side_files(base, folder)
+        save_adapter(skeleton, family.rules, lora, trained, aside / ADAPTER, base=base, fully_tuned=fully_tuned)
+    if with_code:
+        add_remote_code(aside, family)
+    report: dict[str, Any] = {"base": str(base), "step": step}
+    report |= verify(family, base, trained, aside, batch, lora)
+    (aside / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if not report["ok"]:
+        failed = folder.with_name(f"{folder.name}.failed")
+        _replace(failed, aside)
+        raise CheckpointError(
+            f"the export does not compute what was trained: logits differ by {report['difference']['logits']:.2g}, and "
+            f"{report['tolerance']['logits']:.2g} can be explained. It lies in '{failed}' with its {REPORT}; "
+            "do not use it, and report this with that file"
+        )
+    _replace(folder, aside)
+    log.info("the export's logits differ from the trained model's by %.2g at most", report["difference"]["logits"])
+    return folder
+
+
+def write_weights(
+    base: Path, skeleton: nn.Module, trained: Mapping[str, Tensor], folder: Path, lora: LoraSettings | None
+) -> None:
+    """Write the base's shards to `folder`, with what was trained in its place; holds one tensor at a time.
+
+    skeleton: the base's model on the meta device, for the names of its parameters.
+    """
+    adapters = adapter_parts(trained)
+
+    def changed(name: str, weight: Tensor) -> Tensor:
+        if name in trained:
+            return trained[name]
+        assert lora
+        parts = adapters[name.removesuffix(".weight")]
+        return merged_weight(weight, {part: trained[whole] for part, whole in parts.items()}, lora)
+
+    changes = {key: partial(changed, name) for key, name in _changed_keys(base, skeleton, trained).items()}
+    for shard in shards_of(base):
+        rewrite_shard(shard, folder / shard.name, changes)
+
+
+def check_base(base: Path, model: nn.Module, trained: Iterable[str]) -> None:
+    """Raise CheckpointError where an export would find no place for what is going to be trained.
+
+    model: as loaded from `base`; trained: canonical names of parameters, adapters among them.
+    """
+    _changed_keys(base, model, trained)
 
 
 def copy_side_files(base: Path, folder: Path) -> None:
-    """Copy what is not weights (tokenizer, settings, foreign files) and not there yet."""
-    for file in base.iterdir():
-        target = folder / file.name
-        if file.is_file() and not target.exists() and not any(file.match(pattern) for pattern in _WEIGHTS):
-            shutil.copyfile(file, target)
+    """Copy what is not weights (tokenizer, settings, foreign files and folders) and not there yet."""
+    for path in base.iterdir():
+        target = folder / path.name
+        if target.exists() or any(path.match(pattern) for pattern in _NOT_COPIED):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target)
+        else:
+            shutil.copyfile(path, target)
 
 
 def write_random_model(settings: Path, folder: Path, seed: int) -> None:
@@ -59,5 +133,36 @@ def write_random_model(settings: Path, folder: Path, seed: int) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     find(settings).random_model(settings, seed).to(torch.float32).save_pretrained(aside)
     copy_side_files(settings, aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    _replace(folder, aside)
+
+
+def _changed_keys(base: Path, model: nn.Module, trained: Iterable[str]) -> dict[str, str]:
+    """The keys in the base's shards whose tensors training changes, and the names of these parameters.
+
+    They differ where parameters are tied: any of their names may be the stored one, or several.
+    """
+    names = set(trained)
+    changed = {name for name in names if not is_adapter(name)} | {f"{layer}.weight" for layer in adapter_parts(names)}
+    first: dict[int, str] = {}
+    owners = {
+        canonical_name(name): first.setdefault(id(parameter), canonical_name(name))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    keys = {key: owners[key] for key in stored_dtypes(base) if owners.get(key) in changed}
+    if lost := sorted(changed - set(keys.values())):
+        raise CheckpointError(
+            f"'{base}' stores {len(lost)} of the weights to train under other keys than the model's own, or not as "
+            f"floating-point numbers, '{lost[0]}' among them; load it with transformers, save_pretrained it, and start "
+            "from that folder"
+        )
+    return keys
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Give `new` the name of `folder`, which is never there in part."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

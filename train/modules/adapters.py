@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from train.errors import OmniTuneError
-from train.modules.trainable import Rules, canonical_name, module_of
+from train.modules.trainable import Rules, canonical_name, is_adapter, module_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,20 @@ def add_adapters(
     in_float32: adapters in float32 beside half-precision weights: exported adapters lose nothing of their masters.
     Training leaves them in the weights' dtype, since ZeRO wants one for all that learns, and keeps the masters apart.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     names = list(_targets(model, rules, settings.targets))
     if not names:
         wanted = "; ".join(f"{module}: {', '.join(ends)}" for module, ends in settings.targets.items())
         raise OmniTuneError(f"LoRA has nothing to adapt: no linear layer of the model ends like {wanted}")
-    config = LoraConfig(
+    saved = [root for module in fully_tuned for root in _roots(model, rules, module)]
+    return get_peft_model(model, _config(settings, names, saved), autocast_adapter_dtype=in_float32)
+
+
+def _config(settings: LoraSettings, names: list[str], saved: Sequence[str] = ()) -> LoraConfig:
+    from peft import LoraConfig
+
+    return LoraConfig(
         target_modules=names,
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a number; peft divides it by the rank
@@ -62,9 +69,8 @@ def add_adapters(
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]  # checks.py admits what peft knows
-        modules_to_save=[root for module in fully_tuned for root in _roots(model, rules, module)] or None,
+        modules_to_save=list(saved) or None,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=in_float32)
 
 
 def quantize_linear_layers(
@@ -105,13 +111,14 @@ def _quantized(layer: nn.Linear, compute_dtype: torch.dtype, device: torch.devic
 
 def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put trained values (by canonical parameter name) into a model, with or without adapters."""
-    left = dict(state)
+    left = set(state)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".original_module." not in name and (value := left.pop(canonical_name(name), None)) is not None:
-                parameter.copy_(value)
+            if ".original_module." not in name and (plain := canonical_name(name)) in left:
+                parameter.copy_(state[plain])
+                left.remove(plain)
     if left:
-        raise OmniTuneError(f"the model has no parameter '{next(iter(left))}' ({len(left)} trained ones left over)")
+        raise OmniTuneError(f"the model has no parameter '{min(left)}' ({len(left)} trained ones left over)")
 
 
 def merge(model: PeftModel) -> nn.Module:
@@ -119,8 +126,51 @@ def merge(model: PeftModel) -> nn.Module:
     return model.merge_and_unload(safe_merge=True)
 
 
-def save_adapter(model: PeftModel, folder: Path, base: Path | str) -> None:
-    """Write the adapter as peft itself loads it onto the model of folder `base`."""
+def merged_weight(weight: Tensor, adapter: Mapping[str, Tensor], settings: LoraSettings) -> Tensor:
+    """A linear layer's weight (out, in) with its adapter's product added as `merge` adds it, float32.
+
+    adapter: its trained values, by what follows the layer in their names ("lora_A.default.weight", ...).
+    """
+    from peft import get_peft_model
+
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.to(torch.float32))
+    model = get_peft_model(nn.ModuleDict({"layer": layer}), _config(settings, ["layer"]))
+    load_trained(model, {f"layer.{name}": value for name, value in adapter.items()})
+    return merge(model).get_parameter("layer.weight").detach()
+
+
+def adapter_parts(trained: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Names of trained adapters by the linear layer they belong to: {layer: {rest of the name: name}}."""
+    parts: dict[str, dict[str, str]] = {}
+    for name in trained:
+        if is_adapter(name):
+            layer, part = name.split(".lora_")
+            parts.setdefault(layer, {})[f"lora_{part}"] = name
+    return parts
+
+
+def save_adapter(
+    skeleton: nn.Module,
+    rules: Rules,
+    settings: LoraSettings,
+    trained: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    base: Path | str,
+    fully_tuned: Iterable[str],
+) -> None:
+    """Write the adapter, float32, as peft itself loads it onto the model of folder `base`.
+
+    skeleton: that model on the meta device; trained and fully_tuned: as in `add_adapters` and `load_trained`.
+    """
+    model = add_adapters(skeleton, rules, settings, fully_tuned=fully_tuned, in_float32=True)
+    learned = {
+        name: trained[canonical_name(name)]
+        for name, _ in model.named_parameters()
+        if is_adapter(name) or ".modules_to_save." in name
+    }
+    model.load_state_dict(learned, strict=False, assign=True)
     model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(str(folder))
 

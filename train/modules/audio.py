@@ -77,6 +77,10 @@ class AudioEncoder(nn.Module):
         clips = pooled.split([length // self.avg_pool for length in frames])
         return torch.cat([piece for clip in clips for piece in (bos, clip, eos)])
 
+    def places(self, clip_frames: Tensor) -> Tensor:
+        """Token places of each clip, int64 (C,)."""
+        return clip_frames // 2 // self.avg_pool + 2 * (self.audio_bos_eos_token is not None)
+
     def _convolve(self, mel: Tensor, clip_frames: list[int]) -> Tensor:
         """Both convolutions over all clips at once: (B, F) to (F / 2, n_state), each clip as if alone."""
         row = torch.cat([F.pad(clip, (_GAP, 0)) for clip in mel.split(clip_frames, dim=1)], dim=1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from threading import Event
 from typing import Any
 
@@ -36,6 +36,7 @@ class ChatMixin:
         temperature: float | None = None,
         top_p: float | None = None,
         stream: bool = False,
+        skip_special_tokens: bool = True,
         **options: Any,
     ) -> str | list[str] | Iterator[str]:
         """The model's next turn.
@@ -49,6 +50,7 @@ class ChatMixin:
             max_new_tokens: tokens of the answer at most.
             temperature, top_p: of sampling; None = the model's own.
             stream: give the text piece by piece while it is generated. Closing the iterator ends the generation.
+            skip_special_tokens: False spells them out, such as those of a function call.
             options: others of transformers' `generate` (repetition_penalty, top_k, ...).
 
         Returns:
@@ -70,14 +72,15 @@ class ChatMixin:
             given = {"temperature": temperature, "top_p": top_p}
             options |= {name: value for name, value in given.items() if value is not None}
         if stream:
-            return self._pieces(batch, options)
-        decode = self.processor.tokenizer.decode
-        answers = [decode(ids, skip_special_tokens=True) for ids in self.generate(batch, **options)]
+            return self._pieces(batch, options, skip_special_tokens)
+        decode = partial(self.processor.tokenizer.decode, skip_special_tokens=skip_special_tokens)
+        answers = [decode(ids) for ids in self.generate(batch, **options)]
         return answers if is_batch else answers[0]
 
-    def _pieces(self, batch: Batch, options: dict[str, Any]) -> Iterator[str]:
+    def _pieces(self, batch: Batch, options: dict[str, Any], skip_special_tokens: bool) -> Iterator[str]:
         """The answer's text as it is generated in a thread, which ends with this iterator."""
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        tokenizer = self.processor.tokenizer
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=skip_special_tokens)
         stop = _Stop()
         with ThreadPoolExecutor(1) as thread:
             answering = thread.submit(self.generate, batch, streamer=streamer, stopping_criteria=[stop], **options)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.errors import OmniTuneError
+
 CHUNK = 512
 """Tokens whose logits exist at one time: 0.25 GB of float32 for 122880 words."""
 
@@ -26,7 +28,10 @@ def token_losses(
         float32 (M,)
     """
     if liger and len(targets):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        try:  # transformers looks for all other imports before it loads a folder that carries this code
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        except ImportError as error:
+            raise OmniTuneError(f"Liger's kernel cannot be imported ({error}); pip install liger-kernel") from None
 
         return liger_fused_linear_cross_entropy(
             hidden, head_weight, targets, reduction="none", accum_dtype=torch.float32

@@ -69,8 +69,8 @@ class MegrezOConfig(LlamaConfig):
     vision_config: dict = field(default_factory=lambda: dict(_SIGLIP_SO400M))
     audio_config: dict = field(default_factory=lambda: dict(_WHISPER_LARGE_V3))
 
-    def llm_config(self) -> LlamaConfig:
-        """The Llama's part, as a configuration of its own."""
+    def llama_config(self) -> LlamaConfig:
+        """The Llama's part, as a configuration of its own. (vLLM would take the name `llm_config` for a setting.)"""
         names = {item.name for item in fields(LlamaConfig)} - {"architectures", "transformers_version"}
         return LlamaConfig(**{name: value for name, value in self.to_dict().items() if name in names})
 
@@ -144,7 +144,7 @@ class MegrezO(PackedModel, PreTrainedModel, GenerationMixin):  # type: ignore[mi
 
     def __init__(self, config: MegrezOConfig):
         super().__init__(config)
-        self.llm = build_llm(config.llm_config())
+        self.llm = build_llm(config.llama_config())
         self.vision = Vision(config)
         self.audio = Audio(config)
         self.post_init()

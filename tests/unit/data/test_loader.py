@@ -47,6 +47,20 @@ def test_measured_lengths_are_those_of_the_batches(tmp_path: Path, processor: An
         ]
 
 
+def test_a_few_records_are_the_shortest_of_each_mix(tmp_path: Path, processor: Any) -> None:
+    write_records(tmp_path, train=40)
+    records = record_set(tmp_path, processor)
+    lengths = records.measure()[0].lengths
+    mixes = [(bool(patches), bool(frames)) for _, patches, frames in lengths]
+    batch = records.few()
+    assert sorted(mixes[index] for index in batch.records) == sorted(set(mixes))
+    for index in batch.records:
+        assert lengths[index, 0] == min(lengths[other, 0] for other, mix in enumerate(mixes) if mix == mixes[index])
+    records.given_up = dict.fromkeys(range(40), "hung")
+    with pytest.raises(OmniTuneError, match=r"none of the records in .* can be used; the first: .*hung"):
+        records.few()
+
+
 def test_the_cache_spares_measuring_what_it_knows(tmp_path: Path, processor: Any) -> None:
     write_records(tmp_path)
     with (tmp_path / "train.jsonl").open("a") as file:

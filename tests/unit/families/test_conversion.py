@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tests.builders import randomize
 from train.errors import CheckpointError
 from train.families import find
-from train.families.conversion import LLAMA_TO_MINICPM, MINICPM_TO_LLAMA, convert, llama_weights
+from train.families.conversion import llama_weights
+from train.inference.convert import convert
 from train.modules.text import MiniCPMConfig, MiniCPMForCausalLM
 
 CONFIG = MiniCPMConfig(
@@ -46,8 +47,8 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llama_form(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
-    convert(native, folder, MINICPM_TO_LLAMA)
-    return folder
+    convert(native, "llama", folder / "out")
+    return folder / "out"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,13 +87,13 @@ def test_the_llama_form_computes_the_same(native: Path, llama_form: Path) -> Non
 
 
 def test_and_back(native: Path, llama_form: Path, tmp_path: Path) -> None:
-    convert(llama_form, tmp_path, LLAMA_TO_MINICPM)
-    before, after = weights(native), weights(tmp_path)
+    convert(llama_form, "minicpm", tmp_path / "back")
+    before, after = weights(native), weights(tmp_path / "back")
     assert after.keys() == before.keys()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=0, rtol=3e-7, msg=name)
-    assert find(tmp_path).name == "minicpm"
-    assert MiniCPMConfig.from_pretrained(tmp_path).to_diff_dict() == CONFIG.to_diff_dict() | {
+    assert find(tmp_path / "back").name == "minicpm"
+    assert MiniCPMConfig.from_pretrained(tmp_path / "back").to_diff_dict() == CONFIG.to_diff_dict() | {
         "architectures": ["MiniCPMForCausalLM"],
         "dtype": "float32",
     }
@@ -102,10 +103,11 @@ def test_a_head_that_learned_apart_is_kept(llama_form: Path, tmp_path: Path) -> 
     trained = tmp_path / "trained"
     trained.mkdir()
     (trained / "config.json").write_text((llama_form / "config.json").read_text())
+    (trained / "tokenizer_config.json").write_text((llama_form / "tokenizer_config.json").read_text())
     changed = weights(llama_form)
     changed["lm_head.weight"][3] += 0.01
     save_file(changed, trained / "model.safetensors")
-    convert(trained, tmp_path / "back", LLAMA_TO_MINICPM)
+    convert(trained, "minicpm", tmp_path / "back")
     ids = torch.arange(10)[None]
     with torch.no_grad():
         expected = transformers.AutoModelForCausalLM.from_pretrained(trained)(input_ids=ids).logits
@@ -113,7 +115,12 @@ def test_a_head_that_learned_apart_is_kept(llama_form: Path, tmp_path: Path) -> 
     assert (back - expected).abs().max() < 1e-5
 
 
-def test_a_folder_without_weights_is_refused(native: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_converted_is_refused(native: Path, llama_form: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((native / "config.json").read_text())
-    with pytest.raises(CheckpointError, match=r"no weights \(\*\.safetensors\)"):
-        convert(tmp_path, tmp_path / "out", MINICPM_TO_LLAMA)
+    for folder, form, said in (
+        (tmp_path, "llama", "lacks the weights 'model.safetensors'"),
+        (llama_form, "llama", "is a minicpm-llama model, which has no form 'llama'; its forms: minicpm"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            convert(folder, form, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -98,6 +98,7 @@ def test_places_are_those_of_geometry(samples, bos_eos):
     frames = mel_frames(samples)
     out = ours(torch.randn(16, frames), torch.tensor([frames]))
     assert out.shape == (audio_places(samples, bos_eos=bos_eos), 24)
+    assert ours.places(torch.tensor([frames])).tolist() == [len(out)]
 
 
 def test_positions_are_a_buffer_of_the_checkpoint():

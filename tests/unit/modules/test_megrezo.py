@@ -266,7 +266,7 @@ def test_the_published_configuration_survives_a_round_trip(tmp_path):
     config.save_pretrained(tmp_path / "again")
     for read in (config, MegrezOConfig.from_pretrained(tmp_path / "again")):
         assert read.rope_parameters["rope_theta"] == 123456.0
-        assert read.llm_config().rope_parameters["rope_theta"] == 123456.0
+        assert read.llama_config().rope_parameters["rope_theta"] == 123456.0
         assert read.dtype == torch.bfloat16
         assert read.auto_map == published["auto_map"]
         assert read.somebody_elses_key == [1, 2]

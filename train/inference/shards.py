@@ -1,0 +1,77 @@
+"""The safetensors shards of a model folder: written again one tensor at a time, all but the changed ones bit for bit.
+
+A shard is a JSON header (dtype, shape and place of each tensor) after its length in 8 bytes, and then the tensors one
+behind the other. Source: the format's description in the safetensors project.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from train.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Change = Callable[[Tensor], Tensor]
+"""From a tensor's old value to its new one."""
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The files that hold the weights of a model folder. Raises CheckpointError where one is missing."""
+    names = [_SINGLE]
+    if (folder / INDEX).is_file() and not (folder / _SINGLE).exists():  # as transformers chooses between them
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"'{folder}' lacks the weights '{name}'; copy it again, with weights in safetensors")
+    return [folder / name for name in names]
+
+
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The dtype of each tensor of floating-point numbers, by key."""
+    stored: dict[str, torch.dtype] = {}
+    for shard in shards_of(folder):
+        with shard.open("rb") as file:
+            entries = _entries(_header(file))
+        stored |= {key: _FLOATS[entry["dtype"]] for key, entry in entries.items() if entry["dtype"] in _FLOATS}
+    return stored
+
+
+def rewrite_shard(source: Path, target: Path, changes: Mapping[str, Change]) -> None:
+    """Write `source` again to `target` under the same header, with the tensors changed that `changes` names by key.
+
+    Holds no more than one tensor at a time. Raises CheckpointError where a new value has another shape.
+    """
+    with source.open("rb") as old, target.open("wb") as new:
+        header = _header(old)
+        new.write(len(header).to_bytes(8, "little") + header)
+        for key, entry in _entries(header).items():
+            begin, end = entry["data_offsets"]
+            data = bytearray(old.read(end - begin))
+            new.write(_changed(source, key, entry, data, changes[key]) if key in changes else data)
+
+
+def _changed(source: Path, key: str, entry: Mapping[str, Any], data: bytearray, change: Change) -> memoryview:
+    """The bytes of a tensor's new value, in the dtype of the old one."""
+    dtype, shape = _FLOATS[entry["dtype"]], entry["shape"]
+    value = change(torch.frombuffer(data, dtype=dtype).view(shape))
+    if list(value.shape) != shape:
+        raise CheckpointError(f"'{source}' holds '{key}' of shape {shape}, and trained was {list(value.shape)}")
+    return value.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _header(file: BinaryIO) -> bytes:
+    return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def _entries(header: bytes) -> dict[str, dict[str, Any]]:
+    """The tensors by key, in the order in which they lie in the file."""
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    return dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))

@@ -1,0 +1,207 @@
+"""What vLLM asks about pictures and recordings, answered by the model folder's own processor.
+
+vLLM tokenises the rendered chat, in which `PLACEHOLDERS` stand for media, and decodes the media. Here the tokens become
+those that training saw, and the media become patches and log-mel frames.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from vllm.multimodal.image import normalize_image
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.media import MediaWithBytes
+from vllm.multimodal.parse import AudioProcessorItems, ImageProcessorItems, MultiModalDataItems, MultiModalDataParser
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+    PromptUpdate,
+    PromptUpdateDetails,
+)
+from vllm.multimodal.processing.processor import ResolvedPromptUpdate
+
+from train.data.audio import fit_clip, log_mel, resampled
+from train.data.images import load_picture, to_rgb
+from train.data.processor import AUDIO_ENDS, IMAGE_ENDS, PLACE, MegrezOProcessor
+from train.geometry import SAMPLE_RATE, clip_samples
+
+PLACEHOLDERS = {"image": "(<image>./</image>)", "audio": "(<audio>./</audio>)"}
+"""What the chat template writes for a medium."""
+
+_ENDS = {"image": IMAGE_ENDS, "audio": AUDIO_ENDS}
+_PLACEHOLDER = re.compile("|".join(f"(?P<{kind}>{re.escape(text)})" for kind, text in PLACEHOLDERS.items()))
+
+
+class MediaParser(MultiModalDataParser):
+    """Pictures and clips of requests, as `data.images` and `data.audio` read them."""
+
+    def __init__(self, processor: MegrezOProcessor, **options: Any):
+        super().__init__(**options)
+        self._processor = processor
+
+    def _parse_image_data(self, data: Any) -> Any:
+        pictures = [data] if isinstance(data, Image.Image | MediaWithBytes | np.ndarray) else data
+        return super()._parse_image_data([_picture(item) for item in pictures] if isinstance(pictures, list) else data)
+
+    def _get_audio_with_sr(self, audio: Any) -> tuple[np.ndarray, None]:
+        """The clip at 16 kHz, and no rate, so that vLLM does not resample it."""
+        decoded, rate = super()._get_audio_with_sr(audio)
+        decoded = np.asarray(decoded, np.float32)
+        mono = decoded.mean(axis=0) if decoded.ndim == 2 else decoded
+        rate = SAMPLE_RATE if rate is None else rate
+        samples = self._processor.heard_samples(clip_samples(len(mono) / rate), "audio")
+        # A resampler's rounding is all that the clip can differ by.
+        return fit_clip(resampled(mono, rate)[:samples], samples, tolerance=0.01), None
+
+
+def _picture(item: Any) -> Any:
+    """A picture as training would see it; vLLM lays transparency on white, and reduces 16 bits, in ways of its own."""
+    if isinstance(item, MediaWithBytes):
+        is_converted = item.io_config is not None
+        return replace(item, media=load_picture(item.original_bytes)) if is_converted else item
+    if isinstance(item, np.ndarray):  # (height, width, 3)
+        item = Image.fromarray(item)
+    return to_rgb(normalize_image(item)) if isinstance(item, Image.Image) else item
+
+
+class ProcessingInfo(BaseProcessingInfo):
+    """What vLLM has to know of the processor. Options of it come by `mm_processor_kwargs`, such as `long_audio`."""
+
+    def get_hf_processor(self, **kwargs: Any) -> MegrezOProcessor:
+        """The model folder's processor."""
+        return self.ctx.get_hf_processor(MegrezOProcessor, **kwargs)
+
+    def get_data_parser(self) -> MediaParser:
+        """The parser of requests' media."""
+        return MediaParser(self.get_hf_processor(), expected_hidden_size=self._get_expected_hidden_size())
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """As many pictures and clips as the context takes."""
+        return dict.fromkeys(PLACEHOLDERS)
+
+
+class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
+    """The largest media, by which vLLM reserves memory."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """Placeholders of so many media."""
+        return "".join(PLACEHOLDERS[kind] * count for kind, count in mm_counts.items())
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]) -> Any:
+        """Pictures of one column of most slices, each on a line of its own, and clips of full length."""
+        processor = self.info.get_hf_processor()
+        settings = processor.image_processor.slice_settings
+        return {
+            "image": self._get_dummy_images(
+                width=settings.scale,
+                height=settings.scale * settings.max_slices,
+                num_images=mm_counts.get("image", 0),
+                overrides=mm_options.get("image"),
+            ),
+            "audio": self._get_dummy_audios(
+                length=processor.feature_extractor.n_samples,
+                num_audios=mm_counts.get("audio", 0),
+                overrides=mm_options.get("audio"),
+            ),
+        }
+
+
+class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
+    """From media to the model's inputs, and from placeholders to tokens.
+
+    One picture is one item with all its slices. Its fields are those of `schema.Batch`, items end to end:
+    `patches` uint8 (P, 3·patch²), `slice_sizes` int64 (S, 2), `slices_per_picture`; `mel` float (B, F), `clip_frames`.
+    """
+
+    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
+        processor = self.info.get_hf_processor(**hf_kwargs)
+        fields = BatchFeature()
+        if "images" in hf_data:
+            fields.update(processor.image_processor.preprocess(hf_data["images"]))
+        if "audio" in hf_data:
+            mels = [log_mel(clip, processor.feature_extractor) for clip in hf_data["audio"]]
+            fields["mel"] = torch.cat(mels, dim=1)
+            fields["clip_frames"] = torch.tensor([mel.shape[1] for mel in mels])
+        return fields
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, Any]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        field = MultiModalFieldConfig
+        config = {}
+        if "patches" in hf_inputs:
+            slices = hf_inputs["slices_per_picture"]
+            patches = hf_inputs["slice_sizes"].prod(dim=1)
+            patches = torch.stack([picture.sum() for picture in patches.split(slices.tolist())])
+            config["patches"] = field.flat_from_sizes("image", patches)
+            config["slice_sizes"] = field.flat_from_sizes("image", slices, keep_on_cpu=True)
+            config["slices_per_picture"] = field.batched("image", keep_on_cpu=True)
+        if "mel" in hf_inputs:
+            config["mel"] = field.flat_from_sizes("audio", hf_inputs["clip_frames"], dim=1)
+            config["clip_frames"] = field.batched("audio", keep_on_cpu=True)
+        return config
+
+    def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
+        """The prompt with a medium's two end tokens, nothing between them, in place of each placeholder.
+
+        The text around a placeholder is tokenised anew, since it may share tokens with it.
+        """
+        tokenizer = self.info.get_tokenizer()
+        added = set(tokenizer.get_added_vocab().values())
+        marked: list[int] = []
+        for is_special, run in groupby(prompt, key=added.__contains__):
+            ids = list(run)
+            text = "" if is_special else tokenizer.decode(ids)
+            marked += self._marked(text) if _PLACEHOLDER.search(text) else ids
+        return marked
+
+    def _marked(self, text: str) -> list[int]:
+        processor = self.info.get_hf_processor()
+        ids: list[int] = []
+        begin = 0
+        for found in _PLACEHOLDER.finditer(text):
+            ids += processor.text_tokens(text[begin : found.start()])
+            ids += processor.tokenizer.convert_tokens_to_ids(list(_ENDS[str(found.lastgroup)]))
+            begin = found.end()
+        return ids + processor.text_tokens(text[begin:])
+
+    def _get_prompt_updates(
+        self, mm_items: MultiModalDataItems, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        processor = self.info.get_hf_processor(**hf_processor_mm_kwargs)
+        settings = processor.image_processor.slice_settings
+
+        def picture(index: int) -> PromptUpdateDetails:
+            layout = settings.layout(*mm_items.get_items("image", ImageProcessorItems).get_image_size(index))
+            return self._details(processor.picture_tokens(layout, index))
+
+        def clip(index: int) -> PromptUpdateDetails:
+            samples = mm_items.get_items("audio", AudioProcessorItems).get_audio_length(index)
+            return self._details(processor.clip_tokens(samples))
+
+        return [
+            PromptReplacement(kind, processor.tokenizer.convert_tokens_to_ids(list(_ENDS[kind])), replacement)
+            for kind, replacement in (("image", picture), ("audio", clip))
+        ]
+
+    def _recompute_cached_prompt_update(
+        self, cached_update: ResolvedPromptUpdate, new_item_idx: int
+    ) -> ResolvedPromptUpdate:
+        """A picture's tokens, kept from another conversation, with its number in this one."""
+        update = super()._recompute_cached_prompt_update(cached_update, new_item_idx)
+        if update.modality != "image":
+            return update
+        processor = self.info.get_hf_processor()
+        unnumbered = update.content.full[len(processor.picture_id_tokens(cached_update.item_idx)) :]
+        return update.with_content(self._details(processor.picture_id_tokens(new_item_idx) + unnumbered))
+
+    def _details(self, ids: list[int]) -> PromptUpdateDetails:
+        return PromptUpdateDetails.select_token_id(ids, self.info.get_tokenizer().convert_tokens_to_ids(PLACE))
