@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from train.commands.options import compose_options
 from train.engine.build import Run, build
+from train.inference.export import write_random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "data" / "sample"
@@ -41,6 +42,15 @@ def write_small_model(folder: Path) -> Path:
     config["audio_config"] |= {"n_state": 32, "n_head": 1, "n_layer": 1, "output_dim": 64}
     (model / "config.json").write_text(json.dumps(config))
     return model
+
+
+def write_endless_model(folder: Path) -> Path:
+    """A small random model that never ends its turn; returns its folder."""
+    export = folder / "export"
+    write_random_model(write_small_model(folder), export, seed=0)
+    ends = json.loads((export / "config.json").read_text())["eos_token_id"]
+    (export / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "suppress_tokens": [ends]}))
+    return export
 
 
 def clean_environment() -> dict[str, str]:

@@ -10,7 +10,10 @@ import faulthandler
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
+
+import cpuinfo
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
@@ -28,6 +31,7 @@ LIMIT_S = 120
 
 def main(folder: Path, settings: list[Setting]) -> None:
     """Write the losses of each setting."""
+    cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)  # DeepSpeed asks each time it offloads, for a second or two
     words = (folder / "words.txt").read_text().split("\n")
     out = folder / f"losses-{world_size()}.jsonl"
     for number, setting in enumerate(settings):
