@@ -77,8 +77,8 @@ def said(
         processor = run.records.processor
         exported = AutoModelForCausalLM.from_pretrained(folder / "export").eval()
         found[name] = {
-            "trained": agreement.answers(trained, processor),
-            "exported": agreement.answers(exported, processor),
+            "trained": agreement.answers(trained, processor, agreement.held_out()),
+            "exported": agreement.answers(exported, processor, agreement.held_out()),
         }
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     exports = {name: folder / "export" for name, folder in folders.items()}
@@ -98,6 +98,7 @@ def test_the_export_says_what_the_trained_model_says(recipe: str, where: str, sa
     for expected, found in zip(said[recipe]["trained"], said[recipe][where], strict=True):
         assert found["prompt"] == expected["prompt"]
         assert found["greedy"] == expected["greedy"]
+        assert len(expected["greedy"]) == agreement.NEW_TOKENS
         assert found["log_probabilities"] == pytest.approx(expected["log_probabilities"], abs=1e-4)
 
 
