@@ -4,12 +4,12 @@ import argparse
 import sys
 from types import ModuleType
 
-from train.commands import chat, evaluate, export
+from train.commands import chat, demo, evaluate, export
 from train.errors import OmniTuneError
 from train.families.family import quieten_transformers
 from train.launcher.failure import told_to_the_launcher
 
-COMMANDS: dict[str, ModuleType] = {"chat": chat, "evaluate": evaluate, "export": export}
+COMMANDS: dict[str, ModuleType] = {"chat": chat, "demo": demo, "evaluate": evaluate, "export": export}
 
 
 def main(words: list[str] | None = None) -> None:

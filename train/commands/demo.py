@@ -1,0 +1,33 @@
+"""Talk to a model in the browser: a page with upload, microphone and sampling controls."""
+
+import argparse
+from pathlib import Path
+
+from train.commands.chat import generation_arguments, generation_options
+from train.errors import OmniTuneError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's words."""
+    parser.add_argument("model", type=Path, help="model folder, such as a run's export/")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = all of this machine's")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--share", action="store_true", help="also a public link, through Gradio's servers")
+    parser.add_argument("--system", help="system turn in place of the model's own")
+    generation_arguments(parser)
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    from train.inference.chat import Chat
+
+    try:
+        from train.inference.demo import page, serve
+    except ModuleNotFoundError as error:
+        raise OmniTuneError(f"the demo needs Gradio ({error}); install it: pip install 'omnitune[demo]'") from None
+
+    options = generation_options(chosen)
+    chat = Chat.load(chosen.model, system_prompt=chosen.system)
+    serve(
+        page(chat, title=f"OmniTune: {chosen.model}", **options), host=chosen.host, port=chosen.port, share=chosen.share
+    )
