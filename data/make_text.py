@@ -71,9 +71,9 @@ SENTENCES = {
     "year": ("When did {} open?", "{} opened in {}"),
 }
 """The question about a place, and the answer, by attribute."""
-RESULTS = 2
+RESULTS = 3
 """Most results of a search."""
-SEARCHES, DIRECT, PLAIN = 2500, 100, 100
+SEARCHES, DIRECT, PLAIN = 1800, 300, 300
 """Training records that search, that need not although they could, and that could not; a tenth as many are held out."""
 
 
@@ -129,14 +129,13 @@ def conversation(kind: str, asked: list[tuple[str, str]], system: str | None = N
     return {"type": kind, "messages": messages}
 
 
-def search_record(place: Place, others: list[Place], attribute: str, system: str, random: Random) -> dict:
-    """A question about a place, the search for it, what was found (others among it), and the cited answer."""
-    results = random.sample([place, *others], 1 + len(others))
+def search_record(place: Place, others: list[Place], attribute: str, system: str) -> dict:
+    """A question about a place, the search for it, what was found (the best first), and the cited answer."""
     turns = {
         "user": SENTENCES[attribute][0].format(place.title),
         "call": Call("web_search", {"query": f"{place.title} {attribute}"}).text,
-        "observation": observation_text([result.found for result in results]),
-        "answer": f"{place.sentence(attribute)} [citation:{results.index(place) + 1}].",
+        "observation": observation_text([result.found for result in (place, *others)]),
+        "answer": f"{place.sentence(attribute)} [citation:1].",
     }
     roles = {"call": "assistant", "answer": "assistant"}
     messages = [{"role": "system", "content": system}]
@@ -154,8 +153,9 @@ def websearch_splits(random: Random) -> dict[str, list[dict]]:
                 system = system_text([WEB_SEARCH], random_time(random))
                 if kind == "search":
                     names = random.sample(NAMES, random.randint(1, RESULTS))
-                    place, *others = [Place.draw(name, random.choice(KINDS), random) for name in names]
-                    records.append(search_record(place, others, random.choice(list(SENTENCES)), system, random))
+                    kind_of_place = random.choice(KINDS)  # by which a search finds the others too
+                    place, *others = [Place.draw(name, kind_of_place, random) for name in names]
+                    records.append(search_record(place, others, random.choice(list(SENTENCES)), system))
                 else:
                     word, answer = random.choice(list(FACTS["opposite"].items()))
                     asked = [(random.choice(PHRASINGS["opposite"]).format(word), answer)]
