@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers.integrations import unset_hf_deepspeed_config
 
 from train.commands.options import compose_options
 from train.engine.build import Run, build
@@ -101,6 +102,21 @@ def forget_accelerator() -> None:
     """Let the next Accelerator of this process be another one."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
+
+
+def forget(run: Run) -> None:
+    """Let go of a run's engine; with `forget_accelerator` the next run can be built in the same processes."""
+    model = run.trainer.train_step.model
+    if hasattr(model, "destroy"):
+        model.destroy()
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def trained_model(run: Run) -> Any:
+    """The model that a run without ranks has trained, in eval mode and with its adapters, if it has any, inside."""
+    model = run.trainer.train_step.model.eval()
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def build_here(words: list[str]) -> Run:

@@ -16,7 +16,15 @@ from transformers import AutoModelForCausalLM
 
 import train.auto  # noqa: F401
 from tests.end_to_end import agreement
-from tests.runs import SAMPLE, build_here, clean_environment, environment_python, write_records, write_small_model
+from tests.runs import (
+    SAMPLE,
+    build_here,
+    clean_environment,
+    environment_python,
+    trained_model,
+    write_records,
+    write_small_model,
+)
 from train.commands.main import main as omnitune
 from train.engine.build import Run
 from train.inference.export import write_random_model
@@ -72,12 +80,10 @@ def said(
         run = build_here([*recipe, *words(folder.parent, "run"), "run.precision=fp32", "run.export_with_code=true"])
         run.trainer.fit()
         run.export()
-        model = run.trainer.train_step.model.eval()
-        trained = model.get_base_model() if name == "lora" else model
         processor = run.records.processor
         exported = AutoModelForCausalLM.from_pretrained(folder / "export").eval()
         found[name] = {
-            "trained": agreement.answers(trained, processor, agreement.held_out()),
+            "trained": agreement.answers(trained_model(run), processor, agreement.held_out()),
             "exported": agreement.answers(exported, processor, agreement.held_out()),
         }
     elsewhere = tmp_path_factory.mktemp("elsewhere")

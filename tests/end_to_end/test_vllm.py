@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests.builders import randomize
 from tests.end_to_end import agreement
-from tests.runs import ROOT, SAMPLE, build_here, clean_environment, environment_python
+from tests.runs import ROOT, SAMPLE, build_here, clean_environment, environment_python, trained_model
 from train.commands.main import main
 from train.families import find
 from train.inference.export import copy_side_files
@@ -146,7 +146,7 @@ def check_agreement(
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
-    expected = agreement.answers(model.eval(), processor, conversations)
+    expected = agreement.answers(model, processor, conversations)
     for found, own in zip(json.loads(answered.read_text()), expected, strict=True):
         assert found["prompt_ids"] == own["prompt"]
         assert found["ids"] == found["cached_ids"] == own["greedy"]
@@ -159,7 +159,7 @@ def check_agreement(
 
 def test_the_offline_api_agrees_with_our_model(python: Path, model: Path, tmp_path: Path) -> None:
     family = find(model)
-    check_agreement(python, model, family.load_model(model), family.load_processor(model), mixed(), tmp_path)
+    check_agreement(python, model, family.load_model(model).eval(), family.load_processor(model), mixed(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,7 @@ def test_exports_say_what_was_trained(
     run = build_here([*words, *few])
     run.trainer.fit()
     export = run.export()
-    trained = run.trainer.train_step.model
-    trained = trained.get_base_model() if hasattr(trained, "get_base_model") else trained
-    check_agreement(python, export, trained, run.records.processor, conversations(), tmp_path)
+    check_agreement(python, export, trained_model(run), run.records.processor, conversations(), tmp_path)
 
 
 @pytest.fixture(scope="module")
