@@ -151,7 +151,8 @@ def test_the_offline_api_agrees_with_our_model(python: Path, model: Path, tmp_pa
 def test_exports_of_text_models_agree(tiny: str, tuning: str, python: Path, tmp_path: Path) -> None:
     """Served by vLLM's own classes; prompts with a system turn, several turns and other alphabets."""
     words = [f"model={tiny}", "data=text", "data.eval=[]", f"lora={tuning}", f"run.dir={tmp_path / 'run'}"]
-    run = build_here([*words, "run.max_steps=3", "run.save_every=0"])
+    # Slow enough that answers do not yet end at once: the end is what three steps learn first.
+    run = build_here([*words, "run.max_steps=3", "run.save_every=0", "modules.lr.llm=1e-4"])
     run.trainer.fit()
     first, answer = ask("What is the opposite of hot?"), Turn("assistant", (Part("text", "cold"),))
     system = Turn("system", (Part("text", "Answer in one word."),))
