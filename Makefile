@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/
 TESTS := OMP_NUM_THREADS=1 $(RUN)pytest -q -n 2 -m "not gpu and not exhaustive"
 
 test: check
-	$(TESTS) --dist loadfile tests/end_to_end
+	$(TESTS) --dist loadfile --no-loadscope-reorder tests/end_to_end
 
 check: setup
 	$(RUN)ruff check .

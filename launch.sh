@@ -16,7 +16,7 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt
   [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
   pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
   pip install -c constraints.txt torch numpy setuptools wheel ninja
-  extras=train,test
+  extras=train,demo,test
   if "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then extras="$extras,gpu"; fi
   # DeepSpeed is a source package that looks at the torch already installed.
   DS_BUILD_OPS=0 pip install --no-build-isolation -c constraints.txt -e ".[$extras]"

@@ -3,13 +3,12 @@
 #
 #   plain  torch, transformers, Pillow and soundfile: an export with its own code, this project not installed
 #   vllm   vLLM for the CPU, and this project as its plugin
-#   demo   this project with Gradio, which asks for an older Pillow than constraints.txt has
 #
 # Makes $OMNITUNE_VENVS/NAME (default: .venvs/NAME) where it is missing or older than what it is made of.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-name="${1:?name an environment: plain, vllm or demo}"
+name="${1:?name an environment: plain or vllm}"
 venv="${OMNITUNE_VENVS:-.venvs}/$name"
 stamp="$venv/.installed"
 script=tests/environments.sh
@@ -27,12 +26,8 @@ case "$name" in
     pip uninstall -y torchvision torchaudio torchcodec
     pip install --no-deps -e .
     ;;
-  demo)
-    grep -v '^pillow==' constraints.txt > "$venv/constraints.txt"
-    pip install -c "$venv/constraints.txt" -e ".[demo]" pillow==12.3.0
-    ;;
   *)
-    echo "there is no environment '$name'; choose plain, vllm or demo" >&2
+    echo "there is no environment '$name'; choose plain or vllm" >&2
     exit 2
     ;;
 esac

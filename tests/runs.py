@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers.integrations import unset_hf_deepspeed_config
 
 from train.commands.options import compose_options
 from train.engine.build import Run, build
+from train.inference.export import write_random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "data" / "sample"
@@ -41,6 +43,15 @@ def write_small_model(folder: Path) -> Path:
     config["audio_config"] |= {"n_state": 32, "n_head": 1, "n_layer": 1, "output_dim": 64}
     (model / "config.json").write_text(json.dumps(config))
     return model
+
+
+def write_endless_model(folder: Path) -> Path:
+    """A small random model that never ends its turn; returns its folder."""
+    export = folder / "export"
+    write_random_model(write_small_model(folder), export, seed=0)
+    ends = json.loads((export / "config.json").read_text())["eos_token_id"]
+    (export / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "suppress_tokens": [ends]}))
+    return export
 
 
 def clean_environment() -> dict[str, str]:
@@ -91,6 +102,21 @@ def forget_accelerator() -> None:
     """Let the next Accelerator of this process be another one."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
+
+
+def forget(run: Run) -> None:
+    """Let go of a run's engine; with `forget_accelerator` the next run can be built in the same processes."""
+    model = run.trainer.train_step.model
+    if hasattr(model, "destroy"):
+        model.destroy()
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def trained_model(run: Run) -> Any:
+    """The model that a run without ranks has trained, in eval mode and with its adapters, if it has any, inside."""
+    model = run.trainer.train_step.model.eval()
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def build_here(words: list[str]) -> Run:

@@ -1,9 +1,9 @@
-"""What a model says of held-out records: greedy tokens, and the log-probability of every token up to them.
+"""What a model says to conversations: greedy tokens, and the log-probability of every token up to them.
 
     python agreement.py OUT FOLDER...
 
-writes it for model folders as JSON, {folder: answers}. It needs no more than transformers, and what the folder brings:
-copy nothing else, and run it in an environment without this project.
+writes it for model folders and held-out records as JSON, {folder: answers}. It needs no more than transformers, and
+what the folder brings: copy nothing else, and run it in an environment without this project.
 """
 
 import json
@@ -19,7 +19,7 @@ RECORDS = 20
 NEW_TOKENS = 8
 
 
-def conversations() -> list[list[dict[str, Any]]]:
+def held_out() -> list[list[dict[str, Any]]]:
     """Messages of held-out records up to their last answer, spread over all types; media by absolute paths."""
     lines = (SAMPLE / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     chosen = [json.loads(line) for line in lines[:: len(lines) // RECORDS]]
@@ -38,12 +38,16 @@ def _with_paths(message: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def answers(model: Any, processor: Any) -> list[dict[str, Any]]:
-    """Of each conversation the tokens of the prompt, the greedy ones after it, and the log-probabilities of both."""
+def answers(model: Any, processor: Any, conversations: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of each conversation the tokens of the prompt, the greedy ones after it, and the log-probabilities of both.
+
+    An answer goes on to NEW_TOKENS, since the first thing that a few steps of training teach is to end it at once. Its
+    tokens are those of `generate`; all log-probabilities are those of one forward.
+    """
     said = []
-    for messages in conversations():
+    for messages in conversations:
         batch = processor.prompts([messages], max_tokens=model.config.max_position_embeddings)
-        [greedy] = model.generate(batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+        [greedy] = model.generate(batch, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False)
         ids = torch.cat([batch.input_ids, greedy])
         whole = replace(
             batch,
@@ -68,7 +72,8 @@ def main() -> None:
     said: dict[str, Any] = {}
     for folder in sys.argv[2:]:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-        said[folder] = answers(model, AutoProcessor.from_pretrained(folder, trust_remote_code=True))
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        said[folder] = answers(model, processor, held_out())
     said["modules"] = sorted({name.partition(".")[0] for name in sys.modules})
     Path(sys.argv[1]).write_text(json.dumps(said))
 

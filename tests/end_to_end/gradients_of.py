@@ -17,7 +17,8 @@ from safetensors.torch import save_file  # noqa: E402
 
 from train.commands.options import compose_options  # noqa: E402
 from train.data.loader import RecordSet  # noqa: E402
-from train.engine.build import build, source_specs  # noqa: E402
+from train.engine.build import build  # noqa: E402
+from train.engine.build_data import source_specs  # noqa: E402
 from train.engine.launch import close  # noqa: E402
 from train.families import find  # noqa: E402
 

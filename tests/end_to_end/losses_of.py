@@ -8,17 +8,17 @@ that takes more than two minutes ends the process with every thread's stack.
 
 import faulthandler
 import json
-import os
 import sys
+from functools import cache
 from pathlib import Path
+
+import cpuinfo
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
-
 from tests.end_to_end.mixes import Setting  # noqa: E402
-from tests.runs import forget_accelerator  # noqa: E402
+from tests.runs import forget, forget_accelerator  # noqa: E402
 from train.commands.options import compose_options  # noqa: E402
 from train.engine.build import Run, build  # noqa: E402
 from train.engine.launch import close, world_size  # noqa: E402
@@ -28,6 +28,7 @@ LIMIT_S = 120
 
 def main(folder: Path, settings: list[Setting]) -> None:
     """Write the losses of each setting."""
+    cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)  # DeepSpeed asks each time it offloads, for a second or two
     words = (folder / "words.txt").read_text().split("\n")
     out = folder / f"losses-{world_size()}.jsonl"
     for number, setting in enumerate(settings):
@@ -62,15 +63,6 @@ def losses(run: Run, setting: Setting) -> dict:
         "grad_norms": [result.grad_norm for result in results],
         "evaluation": evaluation,
     }
-
-
-def forget(run: Run) -> None:
-    """Let go of a run, so that the next one can be built in the same processes."""
-    model = run.trainer.train_step.model
-    if hasattr(model, "destroy"):
-        model.destroy()
-    unset_hf_deepspeed_config()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,15 @@ process with every thread's stack.
 
 import faulthandler
 import json
-import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
-
-from tests.runs import forget_accelerator  # noqa: E402
+from tests.runs import forget, forget_accelerator  # noqa: E402
 from train.commands.options import compose_options  # noqa: E402
-from train.engine.build import Run, build  # noqa: E402
+from train.engine.build import build  # noqa: E402
 from train.engine.launch import close  # noqa: E402
 
 LIMIT_S = 120
@@ -36,15 +33,6 @@ def main(runs: list[list[str]]) -> None:
         forget(run)
     faulthandler.cancel_dump_traceback_later()
     close(run.accelerator, run.trainer.train_step.model)
-
-
-def forget(run: Run) -> None:
-    """Let go of a run, so that the next one can be built in the same processes."""
-    model = run.trainer.train_step.model
-    if hasattr(model, "destroy"):
-        model.destroy()
-    unset_hf_deepspeed_config()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`omnitune chat` without a question: a conversation in the terminal."""
 
-import json
 import os
 import re
 import signal
@@ -10,22 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, SAMPLE, clean_environment, write_small_model
+from tests.runs import ROOT, SAMPLE, clean_environment, write_endless_model
 from train.commands.main import main
-from train.inference.export import write_random_model
 
 pytestmark = pytest.mark.end_to_end
 
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model that never ends its turn."""
-    folder = tmp_path_factory.mktemp("chat")
-    export = folder / "export"
-    write_random_model(write_small_model(folder), export, seed=0)
-    ends = json.loads((export / "config.json").read_text())["eos_token_id"]
-    (export / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "suppress_tokens": [ends]}))
-    return export
+    return write_endless_model(tmp_path_factory.mktemp("chat"))
 
 
 class Terminal:

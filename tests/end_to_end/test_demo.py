@@ -1,24 +1,23 @@
 """`omnitune demo` in a real browser: Chromium without a window, on a page that may load nothing from elsewhere."""
 
-import json
-import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import gradio
+import playwright.sync_api as playwright
 import pytest
 
-from tests.runs import ROOT, SAMPLE, clean_environment, write_small_model
-from train.inference.export import write_random_model
+from tests.runs import ROOT, SAMPLE, clean_environment, write_endless_model
+from train.inference.demo import said
 
 pytestmark = pytest.mark.end_to_end
-playwright = pytest.importorskip("playwright.sync_api")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PYTHON = Path(os.environ.get("OMNITUNE_VENVS", ROOT / ".venvs")) / "demo" / "bin" / "python"
 TOKENS = 60
 PATIENCE_MS = 120_000
 PICTURE = SAMPLE / "images/heldout/0001.png"
@@ -33,39 +32,18 @@ WATCH = """() => {
 }"""
 
 
-HISTORY = """
-import json
-import gradio as gr
-from train.inference.demo import said
-bot = gr.Chatbot()
-question = [{"path": "a.png"}, {"path": "b.opus"}, "What?", "Who?"]
-history = [
-    {"role": "user", "content": question},
-    {"role": "assistant", "content": "A cat."},
-    {"role": "user", "content": [{"path": "broken.png"}]},
-    {"role": "assistant", "content": "It is broken.", "metadata": {"title": "This cannot be answered"}},
-]
-print(json.dumps(said(bot.preprocess(bot.postprocess(history)))))
-"""
-
-
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A served page whose model, drawn at random, says random words until its tokens are spent."""
     if not CHROMIUM:
         pytest.skip("there is no Chromium: apt-get install chromium")
-    subprocess.run([ROOT / "tests" / "environments.sh", "demo"], check=True)
     folder = tmp_path_factory.mktemp("demo")
-    export = folder / "export"
-    write_random_model(write_small_model(folder), export, seed=0)
-    ends = json.loads((export / "config.json").read_text())["eos_token_id"]
-    (export / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "suppress_tokens": [ends]}))
-    words = ["-u", "-m", "train.commands.main", "demo", str(export), "--temperature", "1.5"]
+    words = ["-u", "-m", "train.commands.main", "demo", str(write_endless_model(folder)), "--temperature", "1.5"]
     log = folder / "log.txt"
     with (
         log.open("w") as output,
         subprocess.Popen(
-            [str(PYTHON), *words, "--max-new-tokens", str(TOKENS)],
+            [sys.executable, *words, "--max-new-tokens", str(TOKENS)],
             cwd=ROOT,
             env=clean_environment() | {"GRADIO_TEMP_DIR": str(folder / "uploads")},
             stdout=output,
@@ -165,10 +143,16 @@ def test_an_answer_can_be_stopped(page: Page) -> None:
     assert page.answers.nth(before).inner_text() == stopped
 
 
-def test_the_model_is_told_what_was_said(address: str) -> None:
+def test_the_model_is_told_what_was_said() -> None:
     """Turns with their media, without the question that ended in a notice."""
-    done = subprocess.run([PYTHON, "-c", HISTORY], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert json.loads(done.stdout) == [
+    bot = gradio.Chatbot()
+    history = [
+        {"role": "user", "content": [{"path": "a.png"}, {"path": "b.opus"}, "What?", "Who?"]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [{"path": "broken.png"}]},
+        {"role": "assistant", "content": "It is broken.", "metadata": {"title": "This cannot be answered"}},
+    ]
+    assert said(bot.preprocess(bot.postprocess(history))) == [
         {"role": "user", "content": {"text": "What?\nWho?", "image": ["a.png"], "audio": ["b.opus"]}},
         {"role": "assistant", "content": {"text": "A cat.", "image": [], "audio": []}},
     ]

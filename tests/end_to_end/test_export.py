@@ -16,7 +16,15 @@ from transformers import AutoModelForCausalLM
 
 import train.auto  # noqa: F401
 from tests.end_to_end import agreement
-from tests.runs import SAMPLE, build_here, clean_environment, environment_python, write_records, write_small_model
+from tests.runs import (
+    SAMPLE,
+    build_here,
+    clean_environment,
+    environment_python,
+    trained_model,
+    write_records,
+    write_small_model,
+)
 from train.commands.main import main as omnitune
 from train.engine.build import Run
 from train.inference.export import write_random_model
@@ -72,13 +80,11 @@ def said(
         run = build_here([*recipe, *words(folder.parent, "run"), "run.precision=fp32", "run.export_with_code=true"])
         run.trainer.fit()
         run.export()
-        model = run.trainer.train_step.model.eval()
-        trained = model.get_base_model() if name == "lora" else model
         processor = run.records.processor
         exported = AutoModelForCausalLM.from_pretrained(folder / "export").eval()
         found[name] = {
-            "trained": agreement.answers(trained, processor),
-            "exported": agreement.answers(exported, processor),
+            "trained": agreement.answers(trained_model(run), processor, agreement.held_out()),
+            "exported": agreement.answers(exported, processor, agreement.held_out()),
         }
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     exports = {name: folder / "export" for name, folder in folders.items()}
@@ -98,6 +104,7 @@ def test_the_export_says_what_the_trained_model_says(recipe: str, where: str, sa
     for expected, found in zip(said[recipe]["trained"], said[recipe][where], strict=True):
         assert found["prompt"] == expected["prompt"]
         assert found["greedy"] == expected["greedy"]
+        assert len(expected["greedy"]) == agreement.NEW_TOKENS
         assert found["log_probabilities"] == pytest.approx(expected["log_probabilities"], abs=1e-4)
 
 

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.runs import build_here, launch, losses, metrics, write_records
+from tests.runs import build_here, launch, losses, metrics, trained_model, write_records
 from train.commands.main import main
 from train.errors import ConfigError
 from train.inference.convert import convert
@@ -105,8 +105,7 @@ def test_stock_transformers_computes_what_was_trained(model: str, tuning: str, t
         exported = tmp_path / "llama"
     stock = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
     assert type(stock) is transformers.LlamaForCausalLM
-    trained = run.trainer.train_step.model.eval()
-    trained = getattr(trained, "get_base_model", lambda: trained)()
+    trained = trained_model(run)
     batch = next(iter(run.trainer.steps_from(0, 0))).batches[0]
     with torch.no_grad():
         for ids in batch.input_ids.split(batch.cu_seqlens.diff().tolist()):

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,15 @@ import soundfile
 import torch
 from PIL import Image
 
-from tests.answers import openai_messages, own_answers
 from tests.builders import randomize
-from tests.runs import ROOT, SAMPLE, build_here, clean_environment, environment_python
+from tests.end_to_end import agreement
+from tests.runs import ROOT, SAMPLE, build_here, clean_environment, environment_python, trained_model
 from train.commands.main import main
-from train.data.records import parse_record
 from train.families import find
 from train.inference.export import copy_side_files
-from train.schema import Part, Record, Turn
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1200)]
 
-RECORDS = {"speech": 4, "typed_picture": 4, "spoken_picture": 4, "turns": 3, "text": 2, "pictures": 3}
-MAX_TOKENS = 8
 TOLERANCE = 1e-4
 BLOCK = 32
 """Tokens of a block of the prefix cache in vllm_answers.py."""
@@ -74,19 +70,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def held_out() -> list[Record]:
-    """Prompts of held-out records, so many of each type."""
-    left = dict(RECORDS)
-    prompts = []
-    for line in (SAMPLE / "heldout.jsonl").read_text(encoding="utf-8").splitlines():
-        record = parse_record(json.loads(line), root=SAMPLE, file="heldout.jsonl", line=1)
-        if left[record.type]:
-            left[record.type] -= 1
-            prompts.append(Record(record.turns[:-1]))
-    assert len(prompts) == sum(RECORDS.values()) == 20
-    return prompts
-
-
 def picture(height: int, width: int, *channels: int, depth: type = np.uint8) -> bytes:
     """A PNG of random pixels."""
     pixels = np.random.default_rng(height).integers(0, np.iinfo(depth).max, (height, width, *channels), dtype=depth)
@@ -103,61 +86,99 @@ def clip(seconds: float, rate: int = 16_000, channels: int = 1) -> bytes:
     return file.getvalue()
 
 
-def ask(*parts: Part | str) -> Turn:
-    return Turn("user", tuple(Part("text", part) if isinstance(part, str) else part for part in parts))
+def item(part: bytes | Path | str) -> dict[str, Any]:
+    """Text, or a file that its ending or its first bytes tell, as an item of a message in the OpenAI form."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    is_sound = part.suffix == ".opus" if isinstance(part, Path) else part.startswith(b"RIFF")
+    kind, encoded = ("audio", "audio/wav") if is_sound else ("image", "image/png")
+    data = b64encode(part if isinstance(part, bytes) else part.read_bytes()).decode()
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{encoded};base64,{data}"}}
 
 
-def mixed() -> list[Record]:
+def said(role: str, *parts: bytes | Path | str) -> dict[str, Any]:
+    return {"role": role, "content": [item(part) for part in parts]}
+
+
+def in_openai_form(message: dict[str, Any]) -> dict[str, Any]:
+    """A message of the sample as a request has it: pictures, recordings, text."""
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    files = [content.get(kind, []) for kind in ("image", "audio")]
+    media = [Path(file) for some in files for file in (some if isinstance(some, list) else [some])]
+    return said(message["role"], *media, *filter(None, [content.get("text")]))
+
+
+def held_out() -> list[list[dict[str, Any]]]:
+    return [[in_openai_form(message) for message in messages] for messages in agreement.held_out()]
+
+
+def mixed() -> list[list[dict[str, Any]]]:
     """Slices, several media of unequal size, the same picture again under another number, and media of other kinds."""
-    wide, small = Part("image", picture(140, 330, 3)), Part("image", picture(120, 90, 3))
-    short, long = Part("audio", clip(0.31)), Part("audio", clip(1.7, rate=24_000, channels=2))
-    transparent, deep = Part("image", picture(50, 60, 4)), Part("image", picture(60, 50, depth=np.uint16))
+    wide, small = picture(140, 330, 3), picture(120, 90, 3)
+    short, long = clip(0.31), clip(1.7, rate=24_000, channels=2)
+    transparent, deep = picture(50, 60, 4), picture(60, 50, depth=np.uint16)
     return [
-        Record((ask(wide, small, ") What is new?"),)),
-        Record((ask(small, wide, small, "\nWhich?"),)),
-        Record((ask(long, short, " And now?"),)),
-        Record((ask(small, long, "What?"), Turn("assistant", (Part("text", "blue"),)), ask(wide, short, "And this?"))),
-        Record((Turn("system", (Part("text", "Short."),)), ask("First", small, "then", short, "last"))),
-        Record((ask(transparent, deep, "What?"),)),
+        [said("user", wide, small, ") What is new?")],
+        [said("user", small, wide, small, "\nWhich?")],
+        [said("user", long, short, " And now?")],
+        [said("user", small, long, "What?"), said("assistant", "blue"), said("user", wide, short, "And this?")],
+        [said("system", "Short."), said("user", "First", small, "then", short, "last")],
+        [said("user", transparent, deep, "What?")],
     ]
 
 
-def check_agreement(python: Path, model: Path, conversations: list[Record], folder: Path) -> None:
-    """Insist that the offline API gives the tokens and log-probabilities of our own model."""
+def texts() -> list[list[dict[str, Any]]]:
+    """A system turn, several turns, other alphabets."""
+    first, answer = said("user", "What is the opposite of hot?"), said("assistant", "cold")
+    return [[first], [said("system", "Answer in one word."), first], [first, answer, said("user", "再说一遍 piano.")]]
+
+
+def check_agreement(
+    python: Path, export: Path, model: Any, processor: Any, conversations: list[list[dict[str, Any]]], folder: Path
+) -> None:
+    """Insist that vLLM's offline API gives for the export the tokens and log-probabilities of the model."""
     asked, answered = folder / "asked.json", folder / "answered.json"
-    asked.write_text(json.dumps([openai_messages(conversation) for conversation in conversations]))
+    asked.write_text(json.dumps(conversations))
     script = ROOT / "tests" / "end_to_end" / "vllm_answers.py"
-    command = [python, script, model, asked, answered, str(MAX_TOKENS)]
+    command = [python, script, export, asked, answered, str(agreement.NEW_TOKENS)]
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
-    family = find(model)
-    expected = own_answers(family.load_model(model).eval(), family.load_processor(model), conversations, MAX_TOKENS)
+    expected = agreement.answers(model, processor, conversations)
     for found, own in zip(json.loads(answered.read_text()), expected, strict=True):
-        assert found["prompt_ids"] == own["prompt_ids"]
-        assert found["ids"] == found["cached_ids"] == own["ids"]
-        for name in ("prompt_logprobs", "logprobs"):
-            assert found[name] == pytest.approx(own[name], abs=TOLERANCE)
-        assert found["cached_logprobs"] == pytest.approx(own["logprobs"], abs=TOLERANCE)
-        assert found["cached_tokens"] == (len(own["prompt_ids"]) - 1) // BLOCK * BLOCK  # the last token is computed
-    assert sum(len(own["ids"]) for own in expected) > len(expected) * MAX_TOKENS / 2
+        assert found["prompt_ids"] == own["prompt"]
+        assert found["ids"] == found["cached_ids"] == own["greedy"]
+        assert len(own["greedy"]) == agreement.NEW_TOKENS
+        by_own_model = pytest.approx(own["log_probabilities"], abs=TOLERANCE)
+        assert found["prompt_logprobs"] + found["logprobs"] == by_own_model
+        assert found["prompt_logprobs"] + found["cached_logprobs"] == by_own_model
+        assert found["cached_tokens"] == (len(own["prompt"]) - 1) // BLOCK * BLOCK  # the last token is computed
 
 
 def test_the_offline_api_agrees_with_our_model(python: Path, model: Path, tmp_path: Path) -> None:
-    check_agreement(python, model, held_out() + mixed(), tmp_path)
+    family = find(model)
+    check_agreement(python, model, family.load_model(model).eval(), family.load_processor(model), mixed(), tmp_path)
 
 
-@pytest.mark.parametrize(("tiny", "tuning"), [("tiny_instruct", "none"), ("tiny_minicpm", "lora")])
-def test_exports_of_text_models_agree(tiny: str, tuning: str, python: Path, tmp_path: Path) -> None:
-    """Served by vLLM's own classes; prompts with a system turn, several turns and other alphabets."""
-    words = [f"model={tiny}", "data=text", "data.eval=[]", f"lora={tuning}", f"run.dir={tmp_path / 'run'}"]
-    # Slow enough that answers do not yet end at once: the end is what three steps learn first.
-    run = build_here([*words, "run.max_steps=3", "run.save_every=0", "modules.lr.llm=1e-4"])
+@pytest.mark.parametrize(
+    ("words", "conversations"),
+    [
+        pytest.param(["+recipe=full"], held_out, id="omni-full"),
+        pytest.param(["+recipe=lora"], held_out, id="omni-lora"),
+        pytest.param(["model=tiny_instruct", "data=text"], texts, id="instruct-full"),
+        pytest.param(["model=tiny_minicpm", "data=text", "lora=lora"], texts, id="minicpm-lora"),
+    ],
+)
+def test_exports_say_what_was_trained(
+    words: list[str], conversations: Callable[[], list[list[dict[str, Any]]]], python: Path, tmp_path: Path
+) -> None:
+    few = ["run.max_steps=3", "run.save_every=0", "data.eval=[]", f"run.dir={tmp_path / 'run'}"]
+    run = build_here([*words, *few])
     run.trainer.fit()
-    first, answer = ask("What is the opposite of hot?"), Turn("assistant", (Part("text", "cold"),))
-    system = Turn("system", (Part("text", "Answer in one word."),))
-    conversations = [Record((first,)), Record((system, first)), Record((first, answer, ask("再说一遍 piano.")))]
-    check_agreement(python, run.export(), conversations, tmp_path)
+    export = run.export()
+    check_agreement(python, export, trained_model(run), run.records.processor, conversations(), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -208,11 +229,6 @@ def post(address: str, content: Any) -> tuple[int, str]:
         return error.code, json.load(error)["error"]["message"]
 
 
-def items(*parts: Part | str) -> list[dict[str, Any]]:
-    [message] = openai_messages(Record((ask(*parts),)))
-    return message["content"]
-
-
 def spoken(file: bytes, form: str) -> dict[str, Any]:
     return {"type": "input_audio", "input_audio": {"data": b64encode(file).decode(), "format": form}}
 
@@ -224,25 +240,22 @@ def chat(capsys: pytest.CaptureFixture[str], model: Path, *words: str | Path) ->
 
 def test_the_server_says_what_omnitune_chat_says(server: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = chat(capsys, model, "--image", PICTURE, "--audio", CLIP, QUESTION)
-    seen, heard = Part("image", str(PICTURE)), Part("audio", str(CLIP))
-    assert post(server, items(seen, heard, QUESTION)) == (200, answer)
-    in_openai_form = [*items(seen), spoken(CLIP.read_bytes(), "ogg"), *items(QUESTION)]
-    assert post(server, in_openai_form) == (200, answer)
+    assert post(server, [item(PICTURE), item(CLIP), item(QUESTION)]) == (200, answer)
+    assert post(server, [item(PICTURE), spoken(CLIP.read_bytes(), "ogg"), item(QUESTION)]) == (200, answer)
 
     plain = chat(capsys, model, QUESTION)
     assert plain != answer
-    assert post(server, items(QUESTION)) == post(server, QUESTION) == (200, plain)
+    assert post(server, [item(QUESTION)]) == post(server, QUESTION) == (200, plain)
 
 
 def test_what_cannot_be_used_is_refused_with_its_reason(server: str) -> None:
-    broken = Part("image", PICTURE.read_bytes()[:100])
     faults = [
-        (items(broken, QUESTION), "image file is truncated"),
-        (items(Part("image", b"no picture"), QUESTION), "cannot identify image file"),
-        (items(Part("audio", b"no recording"), QUESTION), "corrupted audio data"),
+        ([item(PICTURE.read_bytes()[:100]), item(QUESTION)], "image file is truncated"),
+        ([item(b"no picture"), item(QUESTION)], "cannot identify image file"),
+        ([item(b"RIFF, and no recording"), item(QUESTION)], "corrupted audio data"),
         ([spoken(clip(0.001), "wav")], "audio of 16 samples is too short to be heard"),
         ([spoken(clip(30.5), "wav")], "audio of 30.5 s is longer than 30 s"),
-        (items(*[Part("image", str(PICTURE))] * 300), "maximum context length is 2048 tokens"),
+        ([item(PICTURE)] * 300 + [item(QUESTION)], "maximum context length is 2048 tokens"),
     ]
     for content, reason in faults:
         status, message = post(server, content)

@@ -1,12 +1,12 @@
 """Run by the vLLM environment's Python: what vLLM's offline API makes of conversations, any model folder's.
 
-vllm_answers.py MODEL CONVERSATIONS.json ANSWERS.json MAX_TOKENS
+vllm_answers.py MODEL CONVERSATIONS.json ANSWERS.json TOKENS
 
-CONVERSATIONS.json lists conversations of OpenAI messages. All are answered greedily in float32 as one batch, then in
-reverse order from vLLM's caches. For each conversation ANSWERS.json has
+CONVERSATIONS.json lists conversations of OpenAI messages. All are answered greedily in float32, with TOKENS tokens, as
+one batch, then in reverse order from vLLM's caches. For each conversation ANSWERS.json has
 
     prompt_ids, prompt_logprobs   of all tokens of the prompt but the first
-    ids, logprobs                 of the answer, without the token that ended it
+    ids, logprobs                 of the answer
     cached_ids, cached_logprobs   the same of the second time
     cached_tokens                 how many tokens of the prompt came from the cache
 """
@@ -19,11 +19,11 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 
-def main(model: str, conversations: str, answers: str, max_tokens: str) -> None:
+def main(model: str, conversations: str, answers: str, tokens: str) -> None:
     """Answer the conversations, and write what was answered."""
     llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=2048, block_size=32)
     messages = json.loads(Path(conversations).read_text(encoding="utf-8"))
-    greedy: dict[str, Any] = {"temperature": 0.0, "max_tokens": int(max_tokens), "logprobs": 0}
+    greedy: dict[str, Any] = {"temperature": 0.0, "min_tokens": int(tokens), "max_tokens": int(tokens), "logprobs": 0}
     first = llm.chat(messages, SamplingParams(**greedy, prompt_logprobs=0), use_tqdm=False)
     second = llm.chat(messages[::-1], SamplingParams(**greedy), use_tqdm=False)[::-1]
     written = []
@@ -47,12 +47,10 @@ def main(model: str, conversations: str, answers: str, max_tokens: str) -> None:
 
 
 def answer(request: Any) -> tuple[list[int], list[float]]:
-    """Tokens and their log-probabilities, without the token that ended the answer."""
+    """Tokens and their log-probabilities."""
     [output] = request.outputs
     ids = list(output.token_ids)
-    logprobs = [of[token].logprob for of, token in zip(output.logprobs, ids, strict=True)]
-    length = len(ids) - (output.finish_reason == "stop")
-    return ids[:length], logprobs[:length]
+    return ids, [of[token].logprob for of, token in zip(output.logprobs, ids, strict=True)]
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def run(chosen: argparse.Namespace) -> None:
     options = _options(chosen)
 
     from train.checks import check_evaluation
-    from train.engine.build import load_processor, make_evaluator, open_records
+    from train.engine.build_data import load_processor, make_evaluator, open_records
     from train.engine.evaluator import write_predictions
     from train.engine.launch import close, make_accelerator
     from train.families import find

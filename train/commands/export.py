@@ -33,8 +33,8 @@ def run(chosen: argparse.Namespace) -> None:
     """Export, check, and say where to."""
     from train.inference.convert import convert
 
-    if chosen.out and chosen.out.exists() and any(chosen.out.iterdir()):
-        raise CheckpointError(f"'{chosen.out}' is not empty; name another folder with --out")
+    if chosen.out:
+        _check_free(chosen.out)
     if not chosen.form:
         _export(chosen, chosen.out)
         return
@@ -67,16 +67,22 @@ def _export(chosen: argparse.Namespace, out: Path | None) -> None:
     options.run.export_with_code |= chosen.with_code
     base = Path(options.model.path) if options.model.path else folder / RANDOM_MODEL
     out = out or folder / "export"
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"'{out}' is not empty; name another folder with --out")
+    _check_free(out)
     export_checkpoint(options, base, checkpoint, out, _records(options, base, chosen.data, chosen.root))
     print(f"exported {checkpoint} to {out}")
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"'{out}' is no folder; name another with --out")
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"'{out}' is not empty; name another folder with --out")
 
 
 def _records(options: "Options", base: Path, data: Path | None, root: Path | None) -> "RecordSet":
     """The run's held-out records, or those of training, or those of `data`."""
     from train.config import SourceOptions
-    from train.engine.build import load_processor, open_records
+    from train.engine.build_data import load_processor, open_records
     from train.families import find
 
     sources = options.data.eval or options.data.train

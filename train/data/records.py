@@ -178,16 +178,18 @@ def _item(item: Any, root: Path | None) -> list[Part]:
     if kind in MEDIA:
         found = [item[key] for key in (kind, "path", "url") if item.get(key) is not None]
         return [_medium(kind, found[0] if found else None, root)]
-    if kind == "image_url":
-        value = item.get("image_url")
-        return [_medium("image", value.get("url") if isinstance(value, dict) else value, root)]
+    if kind in ("image_url", "audio_url"):
+        value = item.get(kind)
+        return [_medium(kind.removesuffix("_url"), value.get("url") if isinstance(value, dict) else value, root)]
     if kind == "input_audio":
         value = item.get("input_audio")
         data = value.get("data") if isinstance(value, dict) else None
         if isinstance(data, str) and not data.startswith("data:"):
             return [Part("audio", _decode_base64("audio", data))]
         return [_medium("audio", data, root)]
-    raise BadRecord(f"a content item has the type {_quoted(kind)}; use text, image_url, input_audio, image or audio")
+    raise BadRecord(
+        f"a content item has the type {_quoted(kind)}; use text, image_url, audio_url, input_audio, image or audio"
+    )
 
 
 def _many(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Options into objects: the one place that knows both."""
+"""Options into objects, with build_data the one place that knows both."""
 
 import logging
 import os
@@ -15,20 +15,17 @@ from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from train.checks import check, model_folder, tuned_modules
-from train.config import Options, Precision, SourceOptions, Tracker
-from train.data.lengths import LengthCache, digest
+from train.config import Options, Precision, Tracker
 from train.data.loader import StepLoader, StepPlan
-from train.data.plan import Limits
-from train.data.record_set import BadNote, Measured, RecordSet, SourceSpec
-from train.engine.agreement import check_folder, check_records
+from train.data.record_set import BadNote, RecordSet
+from train.engine.agreement import check_folder
+from train.engine.build_data import limits_of, load_processor, make_evaluator, read_data
 from train.engine.checkpoint import Checkpoints, read_state, trained_weights
 from train.engine.environment import write_environment
-from train.engine.evaluator import Evaluator
 from train.engine.launch import make_accelerator, world_size, zero_stage
 from train.engine.lock import lock
 from train.engine.metrics import MetricsFile, Observer, Profiler, Progress
 from train.engine.optimizer import LearningRates, make_optimizer
-from train.engine.quarantine import Quarantine
 from train.engine.state import trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
@@ -84,12 +81,12 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     base = _base_model(options, folder, accelerator)
     processor = load_processor(options, family, base)
 
-    train_set, measured, eval_set, eval_measured, quarantine = _read_data(options, base, processor, folder, accelerator)
+    train_set, measured, eval_set, eval_measured, quarantine = read_data(options, base, processor, folder, accelerator)
     model = _load_model(options, family, base, accelerator.device)
     plan = StepPlan(
         measured,
         [spec.weight for spec in train_set.specs],
-        _limits(options),
+        limits_of(options),
         packs_per_step=options.run.packs_per_step,
         seed=options.run.seed,
         epochs=options.run.epochs,
@@ -187,35 +184,6 @@ def lora_settings(options: Options, family: Family) -> LoraSettings:
     )
 
 
-def source_specs(sources: list[SourceOptions]) -> list[SourceSpec]:
-    """The sources with their media folders and names filled in."""
-    return [
-        SourceSpec(
-            name=source.name or Path(source.path).stem,
-            path=source.path,
-            root=source.root or str(Path(source.path).parent),
-            weight=source.weight,
-            format=source.format,
-        )
-        for source in sources
-    ]
-
-
-def load_processor(options: Options, family: Family, folder: Path) -> Any:
-    """The processor of a model folder, set as the data options say."""
-    processor = family.load_processor(folder)
-    processor.long_audio = str(options.data.long_audio)
-    if options.data.system_prompt is not None:
-        processor.system_prompt = options.data.system_prompt
-    return processor
-
-
-def open_records(options: Options, sources: list[SourceOptions], processor: Any) -> RecordSet:
-    """The records of the sources, bounded as the data options say."""
-    specs = source_specs(sources)
-    return RecordSet(specs, processor, max_tokens=options.data.max_tokens, too_long=str(options.data.too_long))
-
-
 def _check_family(options: Options, family: Family) -> None:
     known = f"a {family.name} model has only {', '.join(sorted(family.modules))}"
     faults = [
@@ -259,46 +227,6 @@ def _base_model(options: Options, folder: Path, accelerator: Accelerator) -> Pat
     return base
 
 
-def _read_data(
-    options: Options, base: Path, processor: Any, folder: Path, accelerator: Accelerator
-) -> tuple[RecordSet, Measured, RecordSet | None, Measured | None, Quarantine]:
-    train_set = open_records(options, options.data.train, processor)
-    eval_set = open_records(options, options.data.eval, processor) if options.data.eval else None
-    quarantine = Quarantine(
-        folder / "quarantine.jsonl" if accelerator.is_main_process else None,
-        total_records=len(train_set) + (len(eval_set) if eval_set else 0),
-        max_fraction=options.data.max_bad_fraction,
-    )
-    cache = _length_cache(options, base)
-    # The others then find the lengths in the cache: of the run, or of their own machine.
-    with accelerator.main_process_first(), accelerator.local_main_process_first():
-        measured, bad = train_set.measure(cache)
-        eval_measured = None
-        if eval_set:
-            eval_measured, bad_eval = eval_set.measure(cache)
-            bad += bad_eval
-    check_records(measured, "data.train", accelerator)
-    if eval_measured:
-        check_records(eval_measured, "data.eval", accelerator)
-    quarantine.add(bad)
-    if bad and accelerator.is_main_process:
-        log.warning("%d records cannot be used; quarantine.jsonl says why", len(bad))
-    return train_set, measured, eval_set, eval_measured, quarantine
-
-
-def _length_cache(options: Options, base: Path) -> LengthCache | None:
-    if options.data.cache is None:
-        return None
-    data = options.data
-    files = sorted(file for file in base.iterdir() if file.suffix in (".json", ".jinja", ".model"))
-    settings = [digest(files), data.max_tokens, data.too_long, data.long_audio, data.system_prompt]
-    return LengthCache(Path(options.data.cache).expanduser() / "lengths", settings)
-
-
-def _limits(options: Options) -> Limits:
-    return Limits(options.data.max_tokens, options.data.max_patches, options.data.max_frames)
-
-
 def _load_model(options: Options, family: Family, base: Path, device: torch.device) -> nn.Module:
     """The model with what learns chosen: float32 where the masters live in it, frozen parts in the compute dtype.
 
@@ -337,21 +265,6 @@ def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, op
         prefetch=options.data.prefetch,
         limit_s=options.data.decode_limit_s,
         pin_memory=accelerator.device.type == "cuda",
-    )
-
-
-def make_evaluator(options: Options, accelerator: Accelerator, records: RecordSet, measured: Measured) -> Evaluator:
-    """The evaluator of held-out records, as the options under `eval` say."""
-    return Evaluator(
-        accelerator,
-        records,
-        measured,
-        _limits(options),
-        max_records=options.eval.max_records,
-        generate=options.eval.generate,
-        metrics=options.eval.metrics,
-        max_new_tokens=options.eval.max_new_tokens,
-        batch_size=options.eval.batch_size,
     )
 
 

@@ -4,7 +4,7 @@ import mimetypes
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
@@ -41,11 +41,13 @@ def page(chat: Chat, *, title: str, max_new_tokens: int, temperature: float, top
             if not text.strip():
                 yield _notice("No answer", "The model ended its turn without a word.")
 
+    sources: list[Literal["upload", "microphone"]] = ["upload"] if chat.media else []
+    sources += ["microphone"] if "audio" in chat.media else []
     question = gr.MultimodalTextbox(
         placeholder="Ask something" + ("; files may go with it" if chat.media else ""),
         file_count="multiple",
         file_types=sorted(chat.media) or None,
-        sources=[*(["upload"] if chat.media else []), *(["microphone"] if "audio" in chat.media else [])],
+        sources=sources,
         show_label=False,
         stop_btn=True,
     )

@@ -43,9 +43,9 @@ class ChatMixin:
 
         Args:
             messages: `{"role", "content"}` each; content is a text, a mapping `{"text", "image", "audio"}`, or a list
-                of `{"type": "text" | "image" | "image_url" | "audio" | "input_audio", ...}`. Pictures are paths,
-                Pillow images, bytes or data URLs; recordings paths, (samples, rate) or bytes. Several conversations
-                may be given as a list of such lists; they are answered together.
+                of `{"type": "text" | "image" | "image_url" | "audio" | "audio_url" | "input_audio", ...}`. Pictures
+                are paths, Pillow images, bytes or data URLs; recordings paths, (samples, rate), bytes or data URLs.
+                Several conversations may be given as a list of such lists; they are answered together.
             sampling: draw tokens; else the likeliest is taken each time, as at temperature 0.
             max_new_tokens: tokens of the answer at most.
             temperature, top_p: of sampling; None = the model's own.
