@@ -18,6 +18,7 @@ from accelerate.utils import (
 )
 
 from train.config import Options, Precision
+from train.engine.compile_locks import drop_stale_locks
 from train.errors import ConfigError
 from train.families.family import quieten_transformers
 
@@ -131,6 +132,7 @@ def make_accelerator(options: Options) -> Accelerator:
         handlers.append(InitProcessGroupKwargs(backend=None if on_cuda else "gloo", timeout=_PATIENCE))
     plugin = None
     if zero_stage(options):
+        drop_stale_locks()
         _single_process_rendezvous()
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(options))
     accelerator = Accelerator(
