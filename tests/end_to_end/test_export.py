@@ -29,7 +29,7 @@ from train.commands.main import main as omnitune
 from train.engine.build import Run
 from train.inference.export import write_random_model
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1200)]
 
 RECIPES = {"full": ["+recipe=full"], "lora": ["+recipe=lora", "lora.dropout=0"]}
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
