@@ -45,7 +45,7 @@ def main(folder: Path, settings: list[Setting]) -> None:
 
 
 def losses(run: Run, setting: Setting) -> dict:
-    """Loss and gradient norm of two steps of each mix; then an evaluation, with answers of unequal length."""
+    """Loss and gradient norm of a step of each mix; then an evaluation, with answers of unequal length."""
     step, evaluator = run.trainer.train_step, run.trainer.evaluator
     records, types = evaluator.records, evaluator.measured.types
     model = run.accelerator.unwrap_model(step.model)
@@ -56,7 +56,7 @@ def losses(run: Run, setting: Setting) -> dict:
         held = [[index for index, kind in enumerate(types) if kind == wanted] for wanted in mix]
         packs = [records.batch(indices)[0] for indices in held]
         mine = packs if world_size() == 1 else [packs[run.accelerator.process_index]]
-        results += [step(len(results) + turn, mine) for turn in range(2)]
+        results.append(step(len(results), mine))
     evaluation = evaluator.evaluate(step.model).values
     return {
         "losses": [result.loss for result in results],
