@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -51,11 +52,32 @@ class Family:
         """The modules of this family that can learn."""
         return {module for _, module in self.rules} - {FROZEN}
 
-    def load_model(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> Any:
-        """The model with the folder's weights, in `dtype` (default: as stored)."""
+    def load_model(
+        self,
+        folder: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        in_float32: Callable[[str], bool] | None = None,
+        device: torch.device | None = None,
+    ) -> Any:
+        """The model with the folder's weights, each read once, in its final dtype and on its final device.
+
+        Args:
+            dtype: of the weights; None = as stored.
+            in_float32: whether the parameter of a name is float32 whatever `dtype` says; buffers then are, too.
+            device: None = the CPU, or under ZeRO-3 where DeepSpeed puts its shards.
+
+        Raises CheckpointError where weights are missing.
+        """
         model_class = _resolve(self.model_class)
+        if in_float32:
+            model_class = _with_float32(model_class, in_float32)
         model, report = model_class.from_pretrained(
-            folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
+            folder,
+            dtype=dtype or "auto",
+            device_map=None if device is None or device.type == "cpu" else {"": device},
+            output_loading_info=True,
+            local_files_only=True,
         )
         lacking = sorted(report["missing_keys"])
         if lacking:
@@ -96,6 +118,18 @@ def quieten_transformers() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel package that it does without
+
+
+def _with_float32(model_class: Any, in_float32: Callable[[str], bool]) -> Any:
+    """The class, whose `from_pretrained` loads what `in_float32` names, and all buffers, in float32."""
+
+    def dtype_plan(self: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        names = [name for name, _ in self.named_parameters() if in_float32(name)]
+        names += [name for name, _ in self.named_buffers()]
+        return {f"^{re.escape(name)}$": torch.float32 for name in names}
+
+    # transformers asks this method for what stays float32 in a model of half precision.
+    return type(model_class.__name__, (model_class,), {"_get_dtype_plan": dtype_plan})
 
 
 def _resolve(name: str) -> Any:
