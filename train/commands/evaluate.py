@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, help="folder of the files' media; default: each file's own")
     parser.add_argument("--max-records", type=int, default=0, help="records at most, spread evenly; 0 = all")
     parser.add_argument("--batch-size", type=int, default=32, help="answers generated at a time, per process")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens of an answer at most")
+    parser.add_argument("--max-new-tokens", type=int, help="tokens of an answer at most; default: as in training")
     parser.add_argument("--predictions", type=Path, help="write the answers beside their references here (JSON lines)")
 
 
@@ -34,21 +34,23 @@ def run(chosen: argparse.Namespace) -> None:
     options = _options(chosen)
 
     from train.checks import check_evaluation
-    from train.engine.build_data import load_processor, make_evaluator, open_records
+    from train.engine.build_data import length_cache, load_processor, make_evaluator, open_records
     from train.engine.evaluator import write_predictions
     from train.engine.launch import close, make_accelerator
+    from train.engine.measuring import measure_alike
     from train.families import find
 
     check_evaluation(options)
     family = find(chosen.model)
     accelerator = make_accelerator(options)
     records = open_records(options, options.data.eval, load_processor(options, family, chosen.model))
-    measured, bad = records.measure()
+    measured, bad = measure_alike({"data.eval": records}, length_cache(options, chosen.model), accelerator)["data.eval"]
     if len(bad) == len(records):
         raise OmniTuneError(f"none of the {len(records)} records can be used; the first: {bad[0].reason}")
     evaluator = make_evaluator(options, accelerator, records, measured)
     model = family.load_model(chosen.model).to(accelerator.device)
     evaluation = evaluator.evaluate(model)
+    assert evaluation  # nothing asks it to stop
     if accelerator.is_main_process:
         _name([*bad, *evaluation.bad])
         if chosen.predictions:
@@ -90,8 +92,9 @@ def _options(chosen: argparse.Namespace) -> "Options":
         f"eval.metrics=[{','.join(METRICS)}]",
         f"eval.max_records={chosen.max_records}",
         f"eval.batch_size={chosen.batch_size}",
-        f"eval.max_new_tokens={chosen.max_new_tokens}",
     ]
+    if chosen.max_new_tokens is not None:
+        defaults.append(f"eval.max_new_tokens={chosen.max_new_tokens}")
     try:
         options, _ = compose_options([*group, *defaults, *overrides])
     except Exception as error:

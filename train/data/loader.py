@@ -1,17 +1,16 @@
 """The steps of a run: planned ahead, decoded in worker processes, at hand when they are needed."""
 
 import hashlib
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from train.data.plan import Limits, assign, plan_epoch
 from train.data.record_set import BadNote, Measured, RecordSet
 from train.data.watch import Watch
+from train.data.workers import Results
 from train.errors import OmniTuneError
 from train.schema import Batch
 
@@ -102,7 +101,7 @@ class StepPlan:
 
 
 class _RankSteps:
-    """What DataLoader draws from: the packs of one rank, step by step."""
+    """The packs of one rank, step by step."""
 
     def __init__(self, plan: StepPlan, rank: int, world_size: int, epoch: int, step_in_epoch: int):
         self.plan, self.rank, self.world_size = plan, rank, world_size
@@ -116,27 +115,18 @@ class _RankSteps:
             yield epoch, step, mine + [[]] * (places - len(mine))
 
 
-class _Decode(Dataset):
-    def __init__(self, records: RecordSet, watch: Watch):
-        self.records, self.watch = records, watch
-
-    def __getitem__(self, item: tuple[int, int, list[list[int]]]) -> Fetched:
-        epoch, step, packs = item
-        fetched = Fetched([], epoch=epoch, step_in_epoch=step)
-        for pack in packs:
-            batch, bad = self.records.batch(pack, self.watch)
-            fetched.batches.append(batch)
-            fetched.bad += bad
-        return fetched
+def _decode(records: RecordSet, item: tuple[int, int, list[list[int]]], watch: Watch) -> Fetched:
+    epoch, step, packs = item
+    fetched = Fetched([], epoch=epoch, step_in_epoch=step)
+    for pack in packs:
+        batch, bad = records.batch(pack, watch)
+        fetched.batches.append(batch)
+        fetched.bad += bad
+    return fetched
 
 
 class StepLoader:
-    """The rank's batches of every step from (epoch, step_in_epoch) on, decoded ahead in `workers` processes.
-
-    The workers start with `iter`. They come from a server process: forked from this one, with its threads, they
-    sometimes hang for ever. One that decodes a record for longer than `limit_s` seconds is killed, one may crash:
-    either way the record is given up, and the others are decoded anew from the step that was next.
-    """
+    """The rank's batches of every step from (epoch, step_in_epoch) on, decoded ahead in the records' workers."""
 
     def __init__(
         self,
@@ -147,48 +137,21 @@ class StepLoader:
         world_size: int,
         epoch: int = 0,
         step_in_epoch: int = 0,
-        workers: int = 0,
-        prefetch: int = 2,
-        limit_s: float = 60.0,
         pin_memory: bool = False,
     ):
         self.plan, self.records, self.rank, self.world_size = plan, records, rank, world_size
         self.position = (epoch, step_in_epoch)
-        self.workers, self.prefetch, self.limit_s, self.pin_memory = workers, prefetch, limit_s, pin_memory
+        self.pin_memory = pin_memory
 
     def __iter__(self) -> Iterator[Fetched]:
-        return self._from(*self._start())
+        job = partial(_decode, self.records)
+        workers = self.records.workers
+        return self._from(iter(Results(job, self._rest, self.records.given_up, workers, pin_memory=self.pin_memory)))
 
-    def _from(self, watch: Watch, batches: Iterator[Fetched]) -> Iterator[Fetched]:
-        while True:
-            try:
-                fetched = next(batches, None)
-            except RuntimeError:  # a worker is gone
-                lost = watch.lost_records()
-                if not lost:
-                    raise
-                self.records.given_up |= lost
-                watch.close()
-                watch, batches = self._start()
-                continue
-            if fetched is None:
-                watch.close()
-                return
+    def _from(self, steps: Iterator[Fetched]) -> Iterator[Fetched]:
+        for fetched in steps:
             self.position = (fetched.epoch, fetched.step_in_epoch + 1)
             yield fetched
 
-    def _start(self) -> tuple[Watch, Iterator[Fetched]]:
-        multiprocessing.set_forkserver_preload(["torch", "transformers", "train.data.processor"])
-        watch = Watch(self.workers, self.limit_s)
-        loader = DataLoader(
-            _Decode(self.records, watch),
-            batch_size=None,
-            sampler=_RankSteps(self.plan, self.rank, self.world_size, *self.position),  # type: ignore[arg-type]
-            num_workers=self.workers,
-            prefetch_factor=self.prefetch if self.workers else None,
-            worker_init_fn=watch.begin if self.workers else None,
-            multiprocessing_context="forkserver" if self.workers else None,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # the global one is dropout's, and a resumed run makes one loader more
-        )
-        return watch, iter(loader)
+    def _rest(self, _: int) -> _RankSteps:
+        return _RankSteps(self.plan, self.rank, self.world_size, *self.position)

@@ -1,23 +1,36 @@
 """The records of several sources under one index: checked, measured, decoded."""
 
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from train.data.collate import collate
-from train.data.lengths import LengthCache
+from train.data.lengths import PART, LengthCache, Part, SourceCache, Stamps, stamps_of
 from train.data.readers import open_source
 from train.data.records import parse_record
+from train.data.workers import UNWATCHED, Results, Workers
 from train.errors import BadRecord, OmniTuneError
-from train.schema import Batch, Record
+from train.schema import Batch, Lengths, Record
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+Watching = Callable[[int], AbstractContextManager]
+"""Entered with a record's index around the work on it."""
 
 _LOOKED_AT = 64
 """Most records among which `few` chooses."""
+
+_FAULT = 300
+"""Most characters of what a decoder says about its failure."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +72,35 @@ class RecordSet:
     """The records of several sources under one index.
 
     processor: has `measure`, `encode`, `prompt` and `reference` of a record.
+    workers: the processes in which media are opened, wherever many records are read.
     """
 
-    def __init__(self, specs: Sequence[SourceSpec], processor: Any, *, max_tokens: int, too_long: str):
+    def __init__(
+        self,
+        specs: Sequence[SourceSpec],
+        processor: Any,
+        *,
+        max_tokens: int,
+        too_long: str,
+        workers: Workers = UNWATCHED,
+    ):
         self.specs = list(specs)
         self.processor = processor
+        self.workers = workers
         self._fit = {"max_tokens": max_tokens, "too_long": too_long}
         self._sources = [open_source(spec.path, spec.format) for spec in specs]
-        self._ends = np.cumsum([len(source) for source in self._sources])
+        self.ends = np.cumsum([len(source) for source in self._sources])
+        """Where each source's records end."""
         self.given_up: dict[int, str] = {}
-        """Records that are left out, and why: their decoding hung or crashed a worker, or `leave_out` named them."""
+        """Records that are left out, and why: reading them hung or crashed a worker, or `leave_out` named them."""
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self.ends[-1])
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, row in the source) of a record."""
-        source = int(np.searchsorted(self._ends, index, side="right"))
-        return source, index - (int(self._ends[source - 1]) if source else 0)
+        source = int(np.searchsorted(self.ends, index, side="right"))
+        return source, index - (int(self.ends[source - 1]) if source else 0)
 
     def record(self, index: int) -> Record:
         """The checked record; raises BadRecord."""
@@ -96,82 +120,127 @@ class RecordSet:
 
     def leave_out(self, notes: Iterable[BadNote]) -> None:
         """Give up the records that were noted before, so that a resumed run trains on the same ones."""
-        starts = np.concatenate([[0], self._ends[:-1]]).tolist()
+        starts = np.concatenate([[0], self.ends[:-1]]).tolist()
         for note in notes:
             for spec, source, start in zip(self.specs, self._sources, starts, strict=True):
                 row = source.index_of(note.line) if spec.path == note.source else None
                 if row is not None:
                     self.given_up[start + row] = note.reason
 
-    def measure(self, cache: LengthCache | None = None) -> tuple[Measured, list[BadNote]]:
-        """Lengths of every usable record, by headers alone, and notes on the others.
+    def attempt(self, index: int, read: Callable[[Record], R], watch: Watching = nullcontext) -> R | BadNote:
+        """What `read` makes of a record, or why the record cannot be used: whatever it raises costs that record."""
+        try:
+            if index in self.given_up:
+                raise BadRecord(self.given_up[index])
+            with watch(index):
+                return read(self.record(index))
+        except BadRecord as error:
+            return self.note(index, error)
+        except Exception as error:  # a decoder's, or MemoryError
+            fault = f"{type(error).__name__}: {error}"[:_FAULT]
+            return self.note(index, BadRecord(f"{self.name_of(index)}: it cannot be read ({fault}); mend or remove it"))
 
-        What the cache knows is not measured again, unless it could not be used then.
+    def measure(
+        self, cache: LengthCache | None = None, on_records: Callable[[int], None] = lambda count: None
+    ) -> tuple[Measured, list[BadNote]]:
+        """Lengths of every usable record, by headers alone, and notes on the others; with workers, on all cores.
+
+        What the cache knows is not measured again, unless it could not be used then or its media have changed.
+        on_records: called with the number of records that are done since it was called before.
         """
+        caches = [cache.of(spec.path, spec.root) if cache else None for spec in self.specs]
+        parts = [
+            (source, number, begin, min(begin + PART, end))
+            for source, end in enumerate(self.ends.tolist())
+            for number, begin in enumerate(range(end - len(self._sources[source]), end, PART))
+        ]
+        cores = len(os.sched_getaffinity(0))
+        workers = replace(self.workers, count=min(cores, len(parts)) if self.workers.count else 0)
         lengths = np.zeros((len(self), 3), dtype=np.int32)
-        types = [""] * len(self)
+        types: list[str] = []
         bad: list[BadNote] = []
-        for spec, source, end in zip(self.specs, self._sources, self._ends.tolist(), strict=True):
-            part = slice(end - len(source), end)
-            held = cache.load(spec.path, spec.root) if cache else None
-            if held:
-                lengths[part], types[part] = held
-            todo = np.flatnonzero(lengths[part, 0] == 0) + part.start
-            bad += self._measure(todo, lengths, types)
-            if cache and len(todo):
-                cache.save(spec.path, spec.root, lengths[part], types[part])
-        return Measured(lengths, types, self._ends), bad
-
-    def _measure(self, todo: np.ndarray, lengths: np.ndarray, types: list[str]) -> list[BadNote]:
-        bad = []
-        for index in map(int, todo):
-            try:
-                record = self.record(index)
-                size = self.processor.measure(record, **self._fit)
-            except BadRecord as error:
-                bad.append(self.note(index, error))
-            else:
-                lengths[index] = size.tokens, size.patches, size.frames
-                types[index] = sys.intern(record.type)  # one string for all of a kind
-        return bad
+        unsaved = None
+        job = partial(_measure_part, self, caches)
+        for part, notes, fault in Results(job, lambda done: parts[done:], self.given_up, workers):
+            lengths[len(types) : len(types) + len(part.types)] = part.lengths
+            types += map(sys.intern, part.types)  # one string for all of a kind
+            bad += notes
+            if fault and not unsaved:
+                unsaved = fault
+                log.warning("lengths cannot be kept (%s), so the next start measures again; set data.cache", fault)
+            on_records(len(part.types))
+        return Measured(lengths, types, self.ends), bad
 
     def few(self) -> Batch:
         """A small pack with every mix of media: for each the shortest of up to 64 records spread over all.
 
         Raises OmniTuneError if none of them can be used.
         """
-        shortest: dict[tuple[bool, bool], tuple[int, int]] = {}
-        for index in np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).round().astype(int).tolist():
-            try:
-                size = self.processor.measure(self.record(index), **self._fit)
-            except BadRecord:
-                continue
-            mix = size.patches > 0, size.frames > 0
-            shortest[mix] = min(shortest.get(mix, (size.tokens, index)), (size.tokens, index))
-        batch, bad = self.batch([index for _, index in shortest.values()])
+        workers = replace(self.workers, count=min(self.workers.count, 1))
+        [(batch, bad)] = Results(partial(_few, self), lambda done: [None][done:], self.given_up, workers)
         if not batch.records:
             why = f"; the first: {bad[0].reason}" if bad else ""
             raise OmniTuneError(f"none of the records in '{self.specs[0].path}' that were looked at can be used{why}")
         return batch
 
-    def batch(
-        self, pack: Sequence[int], watch: Callable[[int], AbstractContextManager] = nullcontext
-    ) -> tuple[Batch, list[BadNote]]:
-        """A pack's records decoded and laid end to end; those that fail leave their place empty.
+    def measure_one(self, record: Record) -> Lengths:
+        """A record's lengths; raises BadRecord."""
+        return self.processor.measure(record, **self._fit)
 
-        watch: entered with a record's index around its decoding.
-        """
+    def batch(self, pack: Sequence[int], watch: Watching = nullcontext) -> tuple[Batch, list[BadNote]]:
+        """A pack's records decoded and laid end to end; those that fail leave their place empty."""
         samples, sources, records, bad = [], [], [], []
         for index in pack:
-            try:
-                if index in self.given_up:
-                    raise BadRecord(self.given_up[index])
-                with watch(index):
-                    sample = self.processor.encode(self.record(index), **self._fit)
-            except BadRecord as error:
-                bad.append(self.note(index, error))
-            else:
-                samples.append(sample)
-                sources.append(self.locate(index)[0])
-                records.append(index)
+            sample = self.attempt(index, partial(self.processor.encode, **self._fit), watch)
+            if isinstance(sample, BadNote):
+                bad.append(sample)
+                continue
+            samples.append(sample)
+            sources.append(self.locate(index)[0])
+            records.append(index)
         return collate(samples, sources, records), bad
+
+
+def _measure_part(
+    records: RecordSet, caches: Sequence[SourceCache | None], item: tuple[int, int, int, int], watch: Watching
+) -> tuple[Part, list[BadNote], str | None]:
+    """A part of a source, notes on its records that cannot be used, and why it could not be kept, if so."""
+    source, number, begin, end = item
+    cache = caches[source]
+    part = cache.load(number) if cache else None
+    if part is None or len(part.types) != end - begin:
+        part = Part.unknown(end - begin)
+    todo, bad = part.todo(), []
+    for row in todo:
+        found = records.attempt(begin + row, partial(_lengths_of, records), watch)
+        if isinstance(found, BadNote):
+            bad.append(found)
+            part.forget(row)
+        else:
+            part.set(row, *found)
+    fault = None
+    if cache and todo:
+        try:
+            cache.save(number, part)
+        except OSError as error:
+            fault = str(error)
+    return part, bad, fault
+
+
+def _lengths_of(records: RecordSet, record: Record) -> tuple[Lengths, str, Stamps]:
+    stamps = stamps_of(record)  # before the files are read: what changes meanwhile is measured again
+    return records.measure_one(record), record.type, stamps
+
+
+def _few(records: RecordSet, _: None, watch: Watching) -> tuple[Batch, list[BadNote]]:
+    shortest: dict[tuple[bool, bool], tuple[int, int]] = {}
+    bad = []
+    for index in np.linspace(0, len(records) - 1, min(len(records), _LOOKED_AT)).round().astype(int).tolist():
+        size = records.attempt(index, records.measure_one, watch)
+        if isinstance(size, BadNote):
+            bad.append(size)
+            continue
+        mix = size.patches > 0, size.frames > 0
+        shortest[mix] = min(shortest.get(mix, (size.tokens, index)), (size.tokens, index))
+    batch, not_decoded = records.batch([index for _, index in shortest.values()], watch)
+    return batch, bad + not_decoded

@@ -34,15 +34,17 @@ def check_folder(folder: Path, accelerator: Accelerator) -> None:
         )
 
 
-def check_records(measured: Measured, what: str, accelerator: Accelerator) -> None:
+def check_records(measured: Measured | None, what: str, accelerator: Accelerator) -> None:
     """Raise OmniTuneError where ranks found other records, of which each would plan other packs; all must call it.
 
+    measured: None on the ranks that did not measure.
     what: the option that names the records.
     """
-    digest = hashlib.sha256(measured.lengths.tobytes()).hexdigest()
-    found = gather_object(
-        [(digest, f"{len(measured.types)} on {socket.gethostname()} (rank {accelerator.process_index})")]
-    )
+    mine = []
+    if measured:
+        digest = hashlib.sha256(measured.lengths.tobytes()).hexdigest()
+        mine = [(digest, f"{len(measured.types)} on {socket.gethostname()} (rank {accelerator.process_index})")]
+    found = gather_object(mine)
     usual = Counter(digest for digest, _ in found).most_common(1)[0][0]
     other = next((where for digest, where in found if digest != usual), None)
     if other:

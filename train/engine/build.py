@@ -81,8 +81,12 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     folder = _make_folder(options, accelerator)
     base = _base_model(options, folder, accelerator)
     processor = load_processor(options, family, base)
+    stop = StopRequest()
 
     train_set, measured, eval_set, eval_measured, quarantine = read_data(options, base, processor, folder, accelerator)
+    evaluator = None
+    if eval_set and eval_measured:
+        evaluator = make_evaluator(options, accelerator, eval_set, eval_measured, stop)
     with announced(f"loading the weights of '{base}'"):
         model = _load_model(options, family, base, accelerator.device)
     plan = StepPlan(
@@ -112,7 +116,6 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         folder / "checkpoints", accelerator, keep_last=options.run.keep_last, keep_best=options.run.keep_best
     )
     found = checkpoints.find(options.run.resume)
-    stop = StopRequest()
     trainer = Trainer(
         accelerator=accelerator,
         train_step=TrainStep(
@@ -140,14 +143,15 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         ),
         quarantine=quarantine,
         checkpoints=checkpoints,
-        evaluator=make_evaluator(options, accelerator, eval_set, eval_measured) if eval_set and eval_measured else None,
+        evaluator=evaluator,
         predictions=folder / "predictions",
         observers=[],
     )
     if found:
         with announced(f"reading '{found}'"):
             trainer.resume(found)
-        train_set.leave_out(quarantine.notes)
+        for records in filter(None, (train_set, eval_set)):
+            records.leave_out(quarantine.notes)
     if accelerator.is_main_process:
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         write_environment(folder, accelerator)
@@ -268,9 +272,6 @@ def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, op
         world_size=accelerator.num_processes,
         epoch=epoch,
         step_in_epoch=step,
-        workers=options.data.workers,
-        prefetch=options.data.prefetch,
-        limit_s=options.data.decode_limit_s,
         pin_memory=accelerator.device.type == "cuda",
     )
 

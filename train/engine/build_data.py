@@ -10,9 +10,11 @@ from train.config import Options, SourceOptions
 from train.data.lengths import LengthCache, digest
 from train.data.plan import Limits
 from train.data.record_set import Measured, RecordSet, SourceSpec
-from train.engine.agreement import check_records
+from train.data.workers import Workers
 from train.engine.evaluator import Evaluator
+from train.engine.measuring import measure_alike
 from train.engine.quarantine import Quarantine
+from train.engine.stop import StopRequest
 from train.families import Family
 
 log = logging.getLogger(__name__)
@@ -42,9 +44,15 @@ def load_processor(options: Options, family: Family, folder: Path) -> Any:
 
 
 def open_records(options: Options, sources: list[SourceOptions], processor: Any) -> RecordSet:
-    """The records of the sources, bounded as the data options say."""
-    specs = source_specs(sources)
-    return RecordSet(specs, processor, max_tokens=options.data.max_tokens, too_long=str(options.data.too_long))
+    """The records of the sources, bounded and read as the data options say."""
+    data = options.data
+    return RecordSet(
+        source_specs(sources),
+        processor,
+        max_tokens=data.max_tokens,
+        too_long=str(data.too_long),
+        workers=Workers(data.workers, data.prefetch, data.decode_limit_s),
+    )
 
 
 def read_data(
@@ -58,30 +66,31 @@ def read_data(
         total_records=len(train_set) + (len(eval_set) if eval_set else 0),
         max_fraction=options.data.max_bad_fraction,
     )
-    cache = _length_cache(options, base)
-    # The others then find the lengths in the cache: of the run, or of their own machine.
-    with accelerator.main_process_first(), accelerator.local_main_process_first():
-        measured, bad = train_set.measure(cache)
-        eval_measured = None
-        if eval_set:
-            eval_measured, bad_eval = eval_set.measure(cache)
-            bad += bad_eval
-    check_records(measured, "data.train", accelerator)
-    if eval_measured:
-        check_records(eval_measured, "data.eval", accelerator)
+    sets = {"data.train": train_set} | ({"data.eval": eval_set} if eval_set else {})
+    found = measure_alike(sets, length_cache(options, base), accelerator)
+    bad = [note for _, notes in found.values() for note in notes]
     quarantine.add(bad)
     if bad and accelerator.is_main_process:
         log.warning("%d records cannot be used; quarantine.jsonl says why", len(bad))
-    return train_set, measured, eval_set, eval_measured, quarantine
+    return train_set, found["data.train"][0], eval_set, found["data.eval"][0] if eval_set else None, quarantine
 
 
-def _length_cache(options: Options, base: Path) -> LengthCache | None:
-    if options.data.cache is None:
-        return None
+def length_cache(options: Options, base: Path) -> LengthCache | None:
+    """Where lengths by the processor of a model folder are kept; None where the options, or the machine, have no place.
+
+    base: the model folder.
+    """
     data = options.data
+    if data.cache is None:
+        return None
+    try:
+        folder = Path(data.cache).expanduser()
+    except RuntimeError as error:
+        log.warning("data.cache: '%s' has no place (%s), so every start measures lengths again", data.cache, error)
+        return None
     files = sorted(file for file in base.iterdir() if file.suffix in (".json", ".jinja", ".model"))
     settings = [digest(files), data.max_tokens, data.too_long, data.long_audio, data.system_prompt]
-    return LengthCache(Path(options.data.cache).expanduser() / "lengths", settings)
+    return LengthCache(folder / "lengths", settings)
 
 
 def limits_of(options: Options) -> Limits:
@@ -89,7 +98,13 @@ def limits_of(options: Options) -> Limits:
     return Limits(options.data.max_tokens, options.data.max_patches, options.data.max_frames)
 
 
-def make_evaluator(options: Options, accelerator: Accelerator, records: RecordSet, measured: Measured) -> Evaluator:
+def make_evaluator(
+    options: Options,
+    accelerator: Accelerator,
+    records: RecordSet,
+    measured: Measured,
+    stop: StopRequest | None = None,
+) -> Evaluator:
     """The evaluator of held-out records, as the options under `eval` say."""
     return Evaluator(
         accelerator,
@@ -101,4 +116,5 @@ def make_evaluator(options: Options, accelerator: Accelerator, records: RecordSe
         metrics=options.eval.metrics,
         max_new_tokens=options.eval.max_new_tokens,
         batch_size=options.eval.batch_size,
+        stop=stop,
     )

@@ -1,24 +1,32 @@
 """How good the model is on held-out records: its loss, and its answers compared with the references."""
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from train.data.collate import collate
 from train.data.plan import Limits, pack
 from train.data.record_set import BadNote, Measured, RecordSet
-from train.errors import BadRecord, ConfigError
+from train.data.watch import Watch
+from train.data.workers import Results
+from train.engine.stop import StopRequest
+from train.errors import ConfigError
 from train.inference.metrics import METRICS
-from train.schema import Batch, Record
+from train.schema import Batch, Record, Sample
+
+R = TypeVar("R")
+
+CUT_ANSWERS = "cut_answers"
+"""The share of answers that were cut at `max_new_tokens`, among the figures of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,9 @@ class Evaluation:
     """What an evaluation found, the same on every rank."""
 
     values: dict[str, float]
-    """`eval/loss`, `eval/loss/<source>`, `eval/<metric>`, `eval/<metric>/<type>`."""
+    """`eval/loss`, `eval/loss/<source>`, `eval/<metric>`, `eval/<metric>/<type>`, `eval/cut_answers`."""
     by_type: dict[str, dict[str, float]]
-    """For each type of records `records` (those answered), `loss`, and the metrics."""
+    """For each type of records `records` (those answered), `loss`, the metrics, and `cut_answers`."""
     overall: dict[str, float]
     """The same of all records."""
     predictions: list[Prediction]
@@ -59,37 +67,30 @@ class Prompts:
     bad: list[BadNote]
 
 
-class _Packs(Dataset):
-    def __init__(self, records: RecordSet):
-        self.records = records
+def _prompts(records: RecordSet, indices: Sequence[int], watch: Watch) -> Prompts:
+    samples, asked, kept, bad = [], [], [], []
+    for index in indices:
+        found = records.attempt(index, partial(_prompt, records), watch)
+        if isinstance(found, BadNote):
+            bad.append(found)
+            continue
+        samples.append(found[0])
+        asked.append(found[1])
+        kept.append(index)
+    return Prompts(collate(samples, [0] * len(samples), kept), asked, bad)
 
-    def __getitem__(self, items: Sequence[int]) -> tuple[Batch, list[BadNote]]:
-        return self.records.batch(items)
 
-
-class _Prompts(Dataset):
-    def __init__(self, records: RecordSet):
-        self.records = records
-
-    def __getitem__(self, items: Sequence[int]) -> Prompts:
-        samples, records, kept, bad = [], [], [], []
-        for index in items:
-            try:
-                record = self.records.record(index)
-                samples.append(self.records.processor.prompt(record))
-            except BadRecord as error:
-                bad.append(self.records.note(index, error))
-            else:
-                records.append(record)
-                kept.append(index)
-        return Prompts(collate(samples, [0] * len(samples), kept), records, bad)
+def _prompt(records: RecordSet, record: Record) -> tuple[Sample, Record]:
+    return records.processor.prompt(record), record
 
 
 class Evaluator:
     """Evaluates on held-out records, spread over the ranks; every rank must call `evaluate`.
 
+    limits: what a pack may hold, and a batch of prompts too.
     max_records: 0 = all. metrics: names of `METRICS`, or `<name>/<type>` for the records of that type alone.
-    batch_size: answers generated at a time on each rank.
+    batch_size: most answers generated at a time on each rank.
+    stop: asked after each batch, so that all ranks know of it alike.
 
     Raises ConfigError where `metrics` names a type that no record has.
     """
@@ -106,8 +107,10 @@ class Evaluator:
         metrics: Sequence[str],
         max_new_tokens: int,
         batch_size: int,
+        stop: StopRequest | None = None,
     ):
         self.accelerator, self.records, self.measured = accelerator, records, measured
+        self.stop = stop or StopRequest()
         self.generate, self.max_new_tokens = generate, max_new_tokens
         usable = np.concatenate(measured.by_source())
         self.metrics = _types_by_metric(metrics, {measured.types[index] for index in usable})
@@ -115,26 +118,29 @@ class Evaluator:
             usable = usable[np.linspace(0, len(usable) - 1, max_records).round().astype(int)]
         self.types = sorted({measured.types[index] for index in usable})
         self.packs, _ = pack(usable.tolist(), measured.lengths, limits)
-        by_length = sorted(usable.tolist(), key=lambda index: int(measured.lengths[index, 0]))
-        self.prompts = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+        self.prompts = prompt_batches(usable.tolist(), measured.lengths, limits, batch_size)
         self.bad: list[BadNote] = []
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
-        """The loss of the model, which may be wrapped, and its answers."""
+    def evaluate(self, model: nn.Module) -> Evaluation | None:
+        """The loss of the model, which may be wrapped, and its answers; None if some rank was asked to stop."""
         self.bad = []
         plain = self.accelerator.unwrap_model(model)
         was_training = model.training
         model.eval()
         family_model = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
         family_model.call_every_module = self.accelerator.num_processes > 1 or None
-        sums = torch.zeros(2, 2 + len(self.metrics), len(self.types), dtype=torch.float64)
+        sums = torch.zeros(2, 3 + len(self.metrics), len(self.types), dtype=torch.float64)
         predictions: list[tuple[int, Prediction]] = []
-        with torch.no_grad():
-            values = self._losses(model, sums[:, 1])
-            if self.generate:
-                predictions = self._answers(family_model, sums)
-        family_model.call_every_module = None
-        model.train(was_training)
+        try:
+            with torch.no_grad():
+                values = self._losses(model, sums[:, 1])
+                if self.generate:
+                    predictions = self._answers(family_model, sums)
+        except _Stopped:
+            return None
+        finally:
+            family_model.call_every_module = None
+            model.train(was_training)
 
         sums = self._summed(sums)
         overall = self._figures(sums.sum(dim=2))
@@ -143,6 +149,7 @@ class Evaluator:
             values |= {f"eval/{metric}": overall[metric]} if metric in overall else {}
             if len(self.types) > 1:
                 values |= {f"eval/{metric}/{name}": row[metric] for name, row in by_type.items() if metric in row}
+        values |= {f"eval/{CUT_ANSWERS}": overall[CUT_ANSWERS]} if CUT_ANSWERS in overall else {}
         in_order = sorted(gather_object(predictions), key=lambda item: item[0])
         return Evaluation(values, by_type, overall, [prediction for _, prediction in in_order], gather_object(self.bad))
 
@@ -150,7 +157,7 @@ class Evaluator:
         """The loss and those of the sources; `by_type` (2, types) takes this rank's sums of losses and of weights."""
         names = [spec.name for spec in self.records.specs]
         by_source = torch.zeros(2, len(names), dtype=torch.float64)
-        for batch, bad in self._mine(_Packs(self.records), self.packs):
+        for batch, bad in self._mine(self.records.batch, self.packs):
             self.bad += bad
             output = model(batch=batch.to(self.accelerator.device))
             weights = batch.loss_weights.double()
@@ -171,7 +178,7 @@ class Evaluator:
         """This rank's answers by record; `sums` (2, figures, types) takes their number and their scores."""
         predictions = []
         processor = self.records.processor
-        for prompts in self._mine(_Prompts(self.records), self.prompts):
+        for prompts in self._mine(partial(_prompts, self.records), self.prompts):
             self.bad += prompts.bad
             with self.accelerator.autocast():  # as the wrapped model's forward does: masters are float32 beside bf16
                 answers = model.generate(
@@ -185,6 +192,7 @@ class Evaluator:
                 reference = processor.reference(record).strip()
                 kind = self._type_index(index)
                 sums[0, 0, kind] += 1
+                sums[:, -1, kind] += torch.tensor([len(ids) >= self.max_new_tokens, 1], dtype=torch.float64)
                 for figure, (metric, types) in enumerate(self.metrics.items(), start=2):
                     if record.type in types:
                         sums[:, figure, kind] += torch.tensor(METRICS[metric](answer, reference), dtype=torch.float64)
@@ -193,23 +201,56 @@ class Evaluator:
         return predictions
 
     def _figures(self, sums: Tensor) -> dict[str, float]:
-        """Number of records, loss and metrics of sums (2, figures), but for metrics that measured nothing."""
+        """Number of records, loss, metrics and cut answers of sums (2, figures), but for what measured nothing."""
         ratios = (sums[0] / sums[1]).tolist()
-        metrics = {name: ratio for name, ratio in zip(self.metrics, ratios[2:], strict=True) if ratio == ratio}
+        names = [*self.metrics, CUT_ANSWERS]
+        metrics = {name: ratio for name, ratio in zip(names, ratios[2:], strict=True) if ratio == ratio}
         return {"records": float(sums[0, 0]), "loss": ratios[1], **metrics}
 
     def _type_index(self, index: int) -> int:
         return self.types.index(self.measured.types[index])
 
-    def _mine(self, dataset: Dataset, groups: list[list[int]]) -> DataLoader:
-        """This rank's groups; equally many on every rank, since each is a set of collectives."""
+    def _mine(self, job: Callable[[Any, Watch], R], groups: list[list[int]]) -> Iterator[R]:
+        """What `job` makes of this rank's groups; equally many on every rank, since each is a set of collectives.
+
+        Raises _Stopped on every rank once one was asked to stop. What was given up at the end is so on all of them.
+        """
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        groups = groups + [[]] * (-len(groups) % world_size)
-        return DataLoader(dataset, batch_size=None, sampler=groups[rank::world_size])
+        mine = (groups + [[]] * (-len(groups) % world_size))[rank::world_size]
+        for result in Results(job, lambda done: mine[done:], self.records.given_up, self.records.workers):
+            yield result
+            if self._summed(torch.tensor([float(self.stop.requested)])).any():
+                raise _Stopped
+        for given_up in gather_object([self.records.given_up]):
+            self.records.given_up |= given_up
 
     def _summed(self, values: torch.Tensor) -> torch.Tensor:
         summed = self.accelerator.reduce(values.to(self.accelerator.device, torch.float32), reduction="sum")
         return summed.double().cpu()
+
+
+class _Stopped(Exception):
+    """Some rank was asked to stop."""
+
+
+def prompt_batches(records: Sequence[int], lengths: np.ndarray, limits: Limits, most: int) -> list[list[int]]:
+    """The records by length, at most `most` at a time, within the limits as batches padded to the longest prompt.
+
+    lengths: int (all records, 3) of tokens, patches and mel frames; a record over the limits is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    patches = frames = 0
+    for record in sorted(records, key=lambda index: int(lengths[index, 0])):
+        longest, *media = lengths[record].tolist()
+        patches, frames = patches + media[0], frames + media[1]
+        count = len(batches[-1]) + 1 if batches else most + 1
+        fits = count * longest <= limits.tokens and patches <= limits.patches and frames <= limits.frames
+        if fits and count <= most:
+            batches[-1].append(record)
+        else:
+            batches.append([record])
+            patches, frames = media
+    return batches
 
 
 def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:

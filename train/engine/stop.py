@@ -13,7 +13,10 @@ _ECHO_S = 1.0
 
 
 class StopRequest:
-    """Whether SIGTERM or SIGINT came: the run then saves after the step at hand. A second one ends it at once."""
+    """Whether SIGTERM or SIGINT came: the run then saves, after the step or the batch of an evaluation at hand.
+
+    A second one ends it at once.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -30,4 +33,4 @@ class StopRequest:
                 os._exit(128 + number)
             return
         self.requested, self._since = True, time.monotonic()
-        log.warning("%s: saving after this step; once more ends at once", signal.Signals(number).name)
+        log.warning("%s: saving after what is at hand; once more ends at once", signal.Signals(number).name)

@@ -94,28 +94,34 @@ class Trainer:
             self.trained.load(saved, state["parameters"], state["position"]["updates"])
         self.quarantine.restore(state["quarantine"])
         self.position = Position(**state["position"])
+        self._evaluation = state["evaluation"]
         log.info("resumed from %s", checkpoint)
 
     def fit(self) -> bool:
         """Train to the end of the plan, evaluating and saving on the way; False if it was asked to stop before."""
         self.train_step.model.train()
         steps = self._fetch()  # the workers start now, and decode while the model is evaluated
-        if self.position.step == 0 and self.rhythm.evaluate_first:
-            self.evaluate()
         stopped = False
-        for fetched, wait_s in steps:
+        if self.position.step == 0 and self.rhythm.evaluate_first:
+            stopped = not self.evaluate()
+        if self.position.step == self.rhythm.total_steps and not self._evaluation:
+            stopped = not self.evaluate()  # it was stopped in its last evaluation
+            if self._evaluation:
+                self.save()
+        for fetched, wait_s in steps if not stopped else ():
             stopped = self._train_on(fetched, wait_s)
             step, last = self.position.step, self.position.step == self.rhythm.total_steps
             if last or (_is_due(step, self.rhythm.eval_every) and not stopped):
-                self.evaluate()
+                stopped = not self.evaluate()
             if last or stopped or _is_due(step, self.rhythm.save_every):
                 self.save()
             if stopped:
                 break
         for observer in self.observers:
             observer.close()
-        self.checkpoints.newest()  # wait until it is written
-        return not stopped or self.position.step == self.rhythm.total_steps
+        if self.position.step:
+            self.checkpoints.newest()  # wait until it is written
+        return not stopped
 
     def save(self) -> None:
         """Begin a checkpoint; training goes on while it is written."""
@@ -130,17 +136,20 @@ class Trainer:
         }
         self.checkpoints.save(self.trained.tensors(), state)
 
-    def evaluate(self) -> None:
-        """Evaluate now, and tell the observers."""
+    def evaluate(self) -> bool:
+        """Evaluate now, and tell the observers; False if it was asked to stop before the end."""
         if self.evaluator is None:
-            return
+            return True
         evaluation = self.evaluator.evaluate(self.train_step.model)
+        if evaluation is None:
+            return False
         self._evaluation = evaluation.values
         self.quarantine.add(evaluation.bad)
         if evaluation.predictions and self.accelerator.is_main_process:
             write_predictions(self.predictions / f"step-{self.position.step:06d}.jsonl", evaluation.predictions)
         for observer in self.observers:
             observer.on_evaluation(self.position.step, evaluation.values)
+        return True
 
     def _fetch(self) -> Iterator[tuple[Fetched, float]]:
         """This rank's share of each step still to do, and the seconds it was waited for."""

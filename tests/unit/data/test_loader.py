@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from tests.runs import SAMPLE, write_records
-from train.data.lengths import LengthCache
 from train.data.loader import StepLoader, StepPlan
 from train.data.plan import Limits
 from train.data.record_set import Measured, RecordSet, SourceSpec
@@ -23,9 +22,9 @@ def processor() -> Any:
     return find(TINY).load_processor(TINY)
 
 
-def record_set(folder: Path, processor: Any) -> RecordSet:
+def record_set(folder: Path, processor: Any, **settings: Any) -> RecordSet:
     spec = SourceSpec("train", str(folder / "train.jsonl"), str(SAMPLE))
-    return RecordSet([spec], processor, max_tokens=256, too_long="quarantine")
+    return RecordSet([spec], processor, max_tokens=256, too_long="quarantine", **settings)
 
 
 def plan_of(measured: Measured, **changes: Any) -> StepPlan:
@@ -59,24 +58,6 @@ def test_a_few_records_are_the_shortest_of_each_mix(tmp_path: Path, processor: A
     records.given_up = dict.fromkeys(range(40), "hung")
     with pytest.raises(OmniTuneError, match=r"none of the records in .* can be used; the first: .*hung"):
         records.few()
-
-
-def test_the_cache_spares_measuring_what_it_knows(tmp_path: Path, processor: Any) -> None:
-    write_records(tmp_path)
-    with (tmp_path / "train.jsonl").open("a") as file:
-        file.write('\n{"conversations": []}')
-    cache = LengthCache(tmp_path / "cache", ["settings"])
-    first, bad = record_set(tmp_path, processor).measure(cache)
-    assert [note.line for note in bad] == [25]
-    again = record_set(tmp_path, processor)
-    asked = []
-    again.record = lambda index: asked.append(index) or RecordSet.record(again, index)  # type: ignore[method-assign]
-    second, bad = again.measure(cache)
-    assert asked == [24]  # what could not be used is tried again
-    assert [note.line for note in bad] == [25]
-    assert np.array_equal(first.lengths, second.lengths)
-    assert first.types == second.types
-    assert LengthCache(tmp_path / "cache", ["others"]).load(str(tmp_path / "train.jsonl"), str(SAMPLE)) is None
 
 
 def test_every_record_once_an_epoch_whatever_the_ranks(tmp_path: Path, processor: Any) -> None:

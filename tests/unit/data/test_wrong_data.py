@@ -19,7 +19,6 @@ from tests.unit.data.builders import png, tone, wav
 from train.data import media, readers, records
 from train.data.audio import clip_length, load_clip
 from train.data.images import load_picture, picture_size
-from train.data.lengths import LengthCache
 from train.data.readers import JsonLines, open_source
 from train.data.record_set import BadNote, RecordSet, SourceSpec
 from train.data.watch import Watch
@@ -292,15 +291,20 @@ def test_parquet_of_other_columns_and_of_broken_text(tmp_path: Path, monkeypatch
         open_source(tmp_path / "a")
 
 
-def test_a_damaged_cache_of_lengths_is_measured_anew(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("{}")
-    cache = LengthCache(tmp_path / "cache", 1)
-    cache.save(str(tmp_path / "a.jsonl"), ".", np.ones((2, 3), np.int32), ["图", "b"])
-    lengths, types = cache.load(str(tmp_path / "a.jsonl"), ".") or (None, None)
-    assert (lengths.tolist(), types) == ([[1, 1, 1]] * 2, ["图", "b"])
-    (file,) = (tmp_path / "cache").iterdir()
-    file.write_bytes(file.read_bytes()[:200])
-    assert cache.load(str(tmp_path / "a.jsonl"), ".") is None
+def test_whatever_a_decoder_raises_costs_the_record_alone(tmp_path: Path, processor: Any) -> None:
+    used = record_set(tmp_path, processor, asks(text="a"), asks(text="b"))
+
+    def measure(record: Any) -> str:
+        if record.line == 1:
+            raise MemoryError("no room for " + "x" * 5000)
+        return "fine"
+
+    bad, fine = used.attempt(0, measure), used.attempt(1, measure)
+    assert isinstance(bad, BadNote)
+    assert bad.line == 1
+    assert "records.jsonl:1: it cannot be read (MemoryError: no room" in bad.reason
+    assert len(bad.reason) < 1000
+    assert fine == "fine"
 
 
 def test_a_refused_record_does_not_stay_under_watch(monkeypatch: pytest.MonkeyPatch) -> None:
