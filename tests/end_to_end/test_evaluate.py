@@ -65,7 +65,7 @@ def test_two_ranks_give_the_table_of_one(
     evaluate(model, records, "--root", SAMPLE, "--predictions", tmp_path / "one.jsonl")
     table = capsys.readouterr().out
     found = rows(table)
-    assert list(found["all"]) == ["records", "loss", *METRICS]
+    assert list(found["all"]) == ["records", "loss", *METRICS, "cut_answers"]
     assert list(found) == [*sorted(kinds), "all"]
     for kind, matched in kinds.items():
         assert found[kind]["records"] == str(len(matched))
@@ -98,6 +98,6 @@ def test_faults_end_in_a_message(model: Path, words: list[str], fault: str) -> N
 def test_a_metric_of_one_type_alone(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(model, "data=sample", "eval.metrics=[f1,wer/speech]", "--max-records", "6")
     found = rows(capsys.readouterr().out)
-    assert list(found["all"]) == ["records", "loss", "f1", "wer"]
+    assert list(found["all"]) == ["records", "loss", "f1", "wer", "cut_answers"]
     assert found["all"]["wer"] == found["speech"]["wer"] != "-"
     assert {row["wer"] for kind, row in found.items() if kind not in ("speech", "all")} == {"-"}
