@@ -5,6 +5,7 @@ python benchmarks/data.py
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from train.config import MODULES, DataOptions
 from train.data.lengths import LengthCache
 from train.data.plan import Limits, assign, plan_epoch
 from train.data.record_set import Measured, RecordSet, SourceSpec
+from train.data.workers import UNWATCHED, Workers
 from train.families import find
 from train.modules.flops import megrezo_flops
 from train.modules.megrezo import MegrezO, MegrezOConfig
@@ -53,6 +55,33 @@ def header_figures(records: RecordSet) -> dict[str, float]:
         "headers_records_per_s": statistics.median(fresh),
         "headers_cached_records_per_s": statistics.median(cached),
     }
+
+
+def cores_figures(model: Path, file: Path, times: int) -> dict[str, float]:
+    """Records measured a second by the wall's clock, of the file `times` over: by this process, and on all cores.
+
+    With the cores a first time, which keeps the lengths; again, from what was kept; and with processes that start.
+    """
+    processor = find(model).load_processor(model)
+    with tempfile.TemporaryDirectory() as folder:
+        repeated = Path(folder, "records.jsonl")
+        repeated.write_text("\n".join([file.read_text(encoding="utf-8").strip()] * times), encoding="utf-8")
+        source, cache = SourceSpec("train", str(repeated), str(file.parent)), LengthCache(Path(folder), "benchmark")
+
+        def rate(workers: Workers, cache: LengthCache | None) -> float:
+            records = RecordSet(
+                [source], processor, max_tokens=DataOptions().max_tokens, too_long="quarantine", workers=workers
+            )
+            start = time.perf_counter()
+            _, bad = records.measure(cache)
+            assert not bad, bad[:3]
+            return len(records) / (time.perf_counter() - start)
+
+        all_cores = Workers(1)
+        figures = {"one_process": rate(UNWATCHED, None), "all_cores_first_start": rate(all_cores, cache)}
+        figures |= {"all_cores_cached": rate(all_cores, cache), "all_cores": rate(all_cores, None)}
+    cores = len(os.sched_getaffinity(0))
+    return {"cores": cores} | {f"wall_{name}_records_per_s": value for name, value in figures.items()}
 
 
 def decode_figures(records: RecordSet, count: int) -> dict[str, float]:
@@ -161,6 +190,7 @@ def figures_of(chosen: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"records": len(records), "planned_records": chosen.planned}
     figures |= memory_figures(chosen.model, chosen.texts)
     figures |= header_figures(records) | decode_figures(records, chosen.decoded)
+    figures |= cores_figures(chosen.model, chosen.records, chosen.times)
     lengths = draw(chosen.planned).lengths()
     planned, packs = plan_figures(lengths)
     return figures | planned | balance_figures(lengths, packs)
@@ -172,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--records", type=Path, default=ROOT / "data/sample/train.jsonl", help="for headers, decoding")
     parser.add_argument("--model", type=Path, default=ROOT / "data/tiny", help="folder whose processor reads them")
     parser.add_argument("--decoded", type=int, default=600, help="records to decode")
+    parser.add_argument("--times", type=int, default=40, help="how often the records stand in the file for all cores")
     parser.add_argument("--planned", type=int, default=1_000_000, help="records of the workload to plan")
     parser.add_argument("--texts", type=int, default=20_000, help="records of text whose measuring takes memory")
     parser.add_argument("--json", type=Path, help="write the figures here too")

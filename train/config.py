@@ -102,13 +102,16 @@ class DataOptions:
     max_bad_fraction: float = 0.05
     """The run stops once more than this share of the records was quarantined."""
     workers: int = 2
-    """Processes that decode ahead, per rank; 0 = decode in the training process."""
+    """Processes that decode ahead, per rank (lengths are measured on all cores); 0 = read media in the training
+    process, where nobody watches."""
     prefetch: int = 4
     """Steps that each worker keeps ready."""
     decode_limit_s: float = 60.0
-    """Seconds that the media of one record may take to decode; then its worker is killed, the record set aside."""
+    """Seconds that the media of one record may take; then its worker is killed, and after a second try the record set
+    aside."""
     cache: str | None = "~/.cache/omnitune"
-    """Folder that remembers the lengths of records; null = measure them at every start."""
+    """Folder that keeps the lengths of records for as long as their media have the same sizes and times; null =
+    measure them at every start."""
 
 
 @dataclass
@@ -240,9 +243,10 @@ class EvalOptions:
     """What answers are measured by: exact_match, vqa_accuracy, anls, f1, wer, cer; `wer/speech` = over the records of
     type `speech` alone."""
     max_new_tokens: int = 64
-    """Tokens an answer may have."""
+    """Tokens an answer may have; `eval/cut_answers` is the share of answers that had no end by then."""
     batch_size: int = 32
-    """Answers generated at a time, per rank."""
+    """Answers generated at a time, per rank, at most: their prompts, padded to the longest, keep to the limits of a
+    pack too."""
 
 
 @dataclass

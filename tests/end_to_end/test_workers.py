@@ -153,9 +153,11 @@ def test_an_idle_worker_that_is_killed_ends_nothing(tmp_path: Path, processor: A
     assert not records.given_up
 
 
-def test_workers_that_cannot_begin_end_the_run_with_a_word(tmp_path: Path, processor: Any) -> None:
+@pytest.mark.parametrize("size", [0, 2**20], ids=["small", "larger than a pipe"])
+def test_workers_that_cannot_begin_end_the_run_with_a_word(tmp_path: Path, processor: Any, size: int) -> None:
     write_records(tmp_path)
     records = record_set(tmp_path, Unreadable(processor), workers=Workers(1))
+    records.given_up[99] = "x" * size
     with pytest.raises(OmniTuneError, match=r"processes that read records end before they have read any .*workers=0"):
         records.measure()
 

@@ -60,10 +60,12 @@ def test_step_reports_every_way(load: Any, tmp_path: Path) -> None:
 
 def test_data_reports_its_figures(load: Any, tmp_path: Path) -> None:
     heldout = BENCHMARKS.parent / "data/sample/heldout.jsonl"
-    few = ["--decoded", "10", "--planned", "4000", "--texts", "100"]
+    few = ["--decoded", "10", "--planned", "4000", "--texts", "100", "--times", "2"]
     written = figures(load("data"), tmp_path, "--records", str(heldout), *few)
     assert set(written) >= {
         *("headers_records_per_s", "headers_cached_records_per_s", "decode_records_per_s"),
+        *("cores", "wall_one_process_records_per_s", "wall_all_cores_records_per_s"),
+        *("wall_all_cores_first_start_records_per_s", "wall_all_cores_cached_records_per_s"),
         *("texts", "texts_records_per_s", "resident_measuring_mib", "resident_planning_mib"),
         *("plan_s", "packs", "pack_fill", "plan_mib", "plan_peak_mib"),
         *("balance_steps", "balance_max_over_mean_p50", "balance_max_over_mean_p99", "assign_ms_per_step"),

@@ -82,7 +82,7 @@ class Results(Generic[R]):
         self._fruitless = 0
 
     def __iter__(self) -> Iterator[R]:
-        return self._from(*self._start(0))
+        return self._from(*self._begin(0))
 
     def _from(self, watch: Watch, results: Iterator[R] | None) -> Iterator[R]:
         done, nothing = 0, object()
@@ -102,7 +102,7 @@ class Results(Generic[R]):
                     continue
                 results = None  # ends the other workers
                 watch.close()
-                watch, results = self._start(done)
+                watch, results = self._begin(done)
         finally:
             results = None
             watch.close()
@@ -120,17 +120,28 @@ class Results(Generic[R]):
 
     def _note_losses(self, watch: Watch, error: Exception) -> None:
         lost = watch.lost_records()
-        self._fruitless += not lost
-        if self._fruitless > _FRUITLESS:
-            raise OmniTuneError(
-                f"the processes that read records end before they have read any ({error}); see what ends them (memory, "
-                "a limit of the machine), or set data.workers=0"
-            ) from error
+        if not lost:
+            self._count_fruitless(error)
         for record, reason in lost.items():
             self._losses[record] += 1
             if self._losses[record] >= _TRIES:
                 self.given_up[record] = reason
         log.warning("a process that reads records ended; starting anew")
+
+    def _count_fruitless(self, error: Exception) -> None:
+        self._fruitless += 1
+        if self._fruitless > _FRUITLESS:
+            raise OmniTuneError(
+                f"the processes that read records end before they have read any ({error}); see what ends them (memory, "
+                "a limit of the machine), or set data.workers=0"
+            ) from error
+
+    def _begin(self, done: int) -> tuple[Watch, Iterator[R]]:
+        while True:
+            try:
+                return self._start(done)
+            except (ConnectionError, EOFError) as error:  # one ended while it was told what to do
+                self._count_fruitless(error)
 
     def _start(self, done: int) -> tuple[Watch, Iterator[R]]:
         multiprocessing.set_forkserver_preload(["torch", "transformers", "train.data.processor"])
