@@ -22,6 +22,13 @@ def count_faults(settings: Mapping[str, Any], names: Sequence[str]) -> list[str]
     return faults or [f"{name} is {settings[name]!r}, where it is {wanted}" for name in names if settings[name] < 1]
 
 
+def scale_faults(settings: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Of each key that is no number above 0."""
+    wanted = "a number above 0"
+    faults = kind_faults(settings, (int, float), **dict.fromkeys(names, wanted))
+    return faults or [f"{name} is {settings[name]!r}, where it is {wanted}" for name in names if settings[name] <= 0]
+
+
 def kind_faults(settings: Mapping[str, Any], kind: type | tuple[type, ...], **names: str) -> list[str]:
     """Of each key that is of no such type; its name's value says what it is to be."""
     return [

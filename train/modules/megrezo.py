@@ -80,10 +80,10 @@ class MegrezOConfig(LlamaConfig):
         faults = llm_faults(self, tie_word_embeddings=False)
         faults += count_faults(vars(self), ("query_num", "patch_size", "vision_batch_size"))
         faults += kind_faults(vars(self), bool, drop_vision_last_layer="true or false")
-        faults += kind_faults(vars(self), dict, vision_config="a mapping", audio_config="a mapping")
-        refuse(faults)
-        faults += vision_faults(_SIGLIP_SO400M | self.vision_config, self.patch_size)
-        faults += audio_faults(_WHISPER_LARGE_V3 | self.audio_config, self.hidden_size)
+        faults += kind_faults(vars(self), dict, vision_config="a mapping", audio_config="a mapping") or [
+            *vision_faults(_SIGLIP_SO400M | self.vision_config, self.patch_size),
+            *audio_faults(_WHISPER_LARGE_V3 | self.audio_config, self.hidden_size),
+        ]
         refuse(faults)
 
     def llama_config(self) -> LlamaConfig:

@@ -14,7 +14,7 @@ from train.modules.llm import RotaryEmbedding
 from train.modules.packed import PackedModel
 from train.modules.supported import llm_faults
 from train.schema import Batch
-from train.settings import count_faults, kind_faults, refuse
+from train.settings import count_faults, refuse, scale_faults
 
 
 class LlamaConfig(transformers.LlamaConfig):
@@ -97,7 +97,7 @@ class MiniCPMConfig(transformers.LlamaConfig):
         super().__post_init__(**kwargs)
         # The scales go into weights: a bias of what ends a branch would need its own.
         faults = llm_faults(self, attention_bias=False, mlp_bias=False)
-        faults += kind_faults(vars(self), (int, float), scale_emb="a number", scale_depth="a number")
+        faults += scale_faults(vars(self), ("scale_emb", "scale_depth"))
         faults += count_faults(vars(self), ("dim_model_base",))
         refuse(faults)
 

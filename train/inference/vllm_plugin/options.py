@@ -1,20 +1,16 @@
-"""What a request may ask of the processor by `mm_processor_kwargs`."""
+"""What a request may ask of the processor by `mm_processor_kwargs`: nothing."""
 
 from collections.abc import Mapping
-from typing import Any
-
-REQUEST_OPTIONS = ("long_audio",)
 
 
-def request_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as given; ValueError for one that a request may not set.
+def refuse_options(given: Mapping[str, object]) -> None:
+    """ValueError if a request states any.
 
-    vLLM hands them on to what loads the processor's files, which takes folders and Hub options too: a request would
-    choose what the server reads.
+    vLLM would hand them on to what loads the processor's files, and that takes folders and Hub options too: a request
+    would choose what the server reads. Nor would a request's `long_audio` act, since clips are read before.
     """
-    if refused := sorted(given.keys() - set(REQUEST_OPTIONS)):
+    if given:
         raise ValueError(
-            f"mm_processor_kwargs has {', '.join(map(repr, refused))}; "
-            f"a request may set only {', '.join(REQUEST_OPTIONS)}"
+            f"mm_processor_kwargs has {', '.join(map(repr, sorted(given)))}, which a request may not set; "
+            "leave it out, or give the server --mm-processor-kwargs"
         )
-    return dict(given)
