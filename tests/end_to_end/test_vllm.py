@@ -189,7 +189,8 @@ def server(python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) 
         port = free.getsockname()[1]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "tiny"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
+    # vLLM lets no request set options of the processor, unless it is told to trust them; ours never does.
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--trust-request-mm-kwargs"]
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
