@@ -37,7 +37,7 @@ def tiny_config(**overrides: Any) -> MegrezOConfig:
             "n_state": 32,
             "n_head": 2,
             "n_layer": 2,
-            "output_dim": 64,
+            "output_dim": overrides.get("hidden_size", 64),
             "avg_pool": True,
             "add_audio_bos_eos_token": True,
         },
