@@ -3,8 +3,8 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -108,6 +108,20 @@ class RecordSet:
         spec, opened = self.specs[source], self._sources[source]
         return parse_record(opened[row], root=Path(spec.root), file=spec.path, line=opened.line(row))
 
+    @contextmanager
+    def guarded(self, index: int) -> Iterator[None]:
+        """Entered around all work on a record: whatever that raises becomes a BadRecord, and costs it alone.
+
+        An OmniTuneError of another kind is not the record's fault, and stays what it is.
+        """
+        try:
+            yield
+        except OmniTuneError:
+            raise
+        except Exception as error:  # such as MemoryError or OverflowError
+            reason = f"{type(error).__name__} {error}".strip()[:_FAULT]
+            raise BadRecord(f"{self.name_of(index)}: it cannot be used ({reason}); correct or remove it") from error
+
     def note(self, index: int, error: BadRecord) -> BadNote:
         """The quarantine line of a record that cannot be used."""
         source, row = self.locate(index)
@@ -132,13 +146,10 @@ class RecordSet:
         try:
             if index in self.given_up:
                 raise BadRecord(self.given_up[index])
-            with watch(index):
+            with watch(index), self.guarded(index):
                 return read(self.record(index))
         except BadRecord as error:
             return self.note(index, error)
-        except Exception as error:  # a decoder's, or MemoryError
-            fault = f"{type(error).__name__}: {error}"[:_FAULT]
-            return self.note(index, BadRecord(f"{self.name_of(index)}: it cannot be read ({fault}); mend or remove it"))
 
     def measure(
         self, cache: LengthCache | None = None, on_records: Callable[[int], None] = lambda count: None

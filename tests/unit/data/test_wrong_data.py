@@ -302,7 +302,7 @@ def test_whatever_a_decoder_raises_costs_the_record_alone(tmp_path: Path, proces
     bad, fine = used.attempt(0, measure), used.attempt(1, measure)
     assert isinstance(bad, BadNote)
     assert bad.line == 1
-    assert "records.jsonl:1: it cannot be read (MemoryError: no room" in bad.reason
+    assert "records.jsonl:1: it cannot be used (MemoryError no room" in bad.reason
     assert len(bad.reason) < 1000
     assert fine == "fine"
 
