@@ -61,7 +61,7 @@ def test_held_out_files_that_hang_cost_their_records_once(tmp_path: Path) -> Non
     records = record_set(tmp_path, processor)
     for evaluation, used in ((first, [*answered, UNASKED]), (second, answered)):
         outputs = [records.batch([index])[0] for index in used]
-        loss = sum(float(model(batch=batch).loss_sum) for batch in outputs)
+        loss = sum(float(model(batch=batch).loss_sum.detach()) for batch in outputs)
         weight = sum(float(batch.loss_weights.sum()) for batch in outputs)
         assert evaluation["values"]["eval/loss"] == pytest.approx(loss / weight, rel=1e-5)
     cut = []
