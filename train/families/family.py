@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from train.errors import CheckpointError
 from train.modules.flops import Flops
@@ -73,9 +75,9 @@ class Family:
             return model_class(model_class.config_class.from_pretrained(folder))
 
     def skeleton(self, folder: Path | str) -> Any:
-        """A model of the folder's configuration on the meta device: names and shapes, and no weights."""
+        """A model of the folder's configuration with its parameters on the meta device, and its buffers filled."""
         model_class = _resolve(self.model_class)
-        with torch.device("meta"):
+        with register_module_parameter_registration_hook(_on_meta):  # type: ignore[arg-type]  # it may answer
             return model_class(model_class.config_class.from_pretrained(folder))
 
     def flops(self, model: Any, tuned: Collection[str]) -> Flops:
@@ -89,6 +91,13 @@ class Family:
     def load_processor(self, folder: Path | str) -> Any:
         """The processor (tokenizer, pictures, audio) of the folder."""
         return _resolve(self.processor_class).from_pretrained(folder, local_files_only=True)
+
+
+def _on_meta(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """In a parameter's place one without values; None, which keeps it, where it has none (tied ones stay tied)."""
+    if parameter is None or parameter.is_meta:
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
 def quieten_transformers() -> None:

@@ -17,7 +17,7 @@ from train.inference.remote_code import add_remote_code
 from train.inference.shards import rewrite_shard, shards_of, stored_dtypes
 from train.inference.verify import verify
 from train.modules.adapters import LoraSettings, adapter_parts, merged_weight, save_adapter
-from train.modules.trainable import canonical_name, is_adapter
+from train.modules.trainable import is_adapter, names_of_parameters
 from train.schema import Batch
 
 log = logging.getLogger(__name__)
@@ -77,12 +77,16 @@ def export(
         failed = folder.with_name(f"{folder.name}.failed")
         _replace(failed, aside)
         raise CheckpointError(
-            f"the export does not compute what was trained: logits differ by {report['difference']['logits']:.2g}, and "
-            f"{report['tolerance']['logits']:.2g} can be explained. It lies in '{failed}' with its {REPORT}; "
+            f"the export is not what was trained: {_faults(report)}. It lies in '{failed}' with its {REPORT}; "
             "do not use it, and report this with that file"
         )
     _replace(folder, aside)
-    log.info("the export's logits differ from the trained model's by %.2g at most", report["difference"]["logits"])
+    log.info(
+        "every tensor of the export is what was trained; stored as %s, its logits differ from the trained model's by "
+        "%.2g at most",
+        report["dtype"],
+        report["difference"]["logits"],
+    )
     return folder
 
 
@@ -143,19 +147,26 @@ def _changed_keys(base: Path, model: nn.Module, trained: Iterable[str]) -> dict[
     """
     names = set(trained)
     changed = {name for name in names if not is_adapter(name)} | {f"{layer}.weight" for layer in adapter_parts(names)}
-    first: dict[int, str] = {}
-    owners = {
-        canonical_name(name): first.setdefault(id(parameter), canonical_name(name))
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    keys = {key: owners[key] for key in stored_dtypes(base) if owners.get(key) in changed}
-    if lost := sorted(changed - set(keys.values())):
+    owners = names_of_parameters(model)
+    stored = {key: owners[key] for key in stored_dtypes(base) if key in owners}
+    wanted = changed | {name for name in owners.values() if not is_adapter(name)}
+    if lost := sorted(wanted - set(stored.values())):
         raise CheckpointError(
-            f"'{base}' stores {len(lost)} of the weights to train under other keys than the model's own, or not as "
+            f"'{base}' stores {len(lost)} of the weights under other keys than the model's own, or not as "
             f"floating-point numbers, '{lost[0]}' among them; load it with transformers, save_pretrained it, and start "
             "from that folder"
         )
-    return keys
+    return {key: name for key, name in stored.items() if name in changed}
+
+
+def _faults(report: dict[str, Any]) -> str:
+    """What a check of the export found wrong."""
+    difference, tolerance = report["difference"], report["tolerance"]
+    if wrong := report["wrong"]:
+        return f"{len(wrong)} tensors hold other values, '{wrong[0]}' among them"
+    if not report["merging"] <= tolerance["merging"]:
+        return f"a layer computes other values with its adapter merged, by {report['merging']:.2g} of the largest"
+    return f"logits differ by {difference['logits']:.2g}, and {tolerance['logits']:.2g} can be explained"
 
 
 def _replace(folder: Path, new: Path) -> None:
