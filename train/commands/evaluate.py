@@ -54,7 +54,7 @@ def run(chosen: argparse.Namespace) -> None:
         if chosen.predictions:
             write_predictions(chosen.predictions, evaluation.predictions)
         print(table(evaluation))
-    close(accelerator, model)
+    close(accelerator)
 
 
 def table(evaluation: "Evaluation") -> str:

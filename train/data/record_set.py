@@ -14,10 +14,13 @@ from train.data.lengths import LengthCache
 from train.data.readers import open_source
 from train.data.records import parse_record
 from train.errors import BadRecord, OmniTuneError
-from train.schema import Batch, Record
+from train.schema import Batch, Lengths, Record
 
 _LOOKED_AT = 64
 """Most records among which `few` chooses."""
+
+_FEW = {"tokens": 1024, "patches": 4096, "frames": 3000}
+"""What the records that `few` chooses hold together at most, where that leaves out no medium."""
 
 
 @dataclass(frozen=True)
@@ -136,19 +139,21 @@ class RecordSet:
         return bad
 
     def few(self) -> Batch:
-        """A small pack with every mix of media: for each the shortest of up to 64 records spread over all.
+        """A small pack with every medium: the shortest of up to 64 records spread over all, one for each mix of media.
 
-        Raises OmniTuneError if none of them can be used.
+        A mix whose media are there already is left out where the pack would get too large with it.
+        Raises OmniTuneError if none of the records can be used.
         """
-        shortest: dict[tuple[bool, bool], tuple[int, int]] = {}
+        shortest: dict[tuple[bool, bool], tuple[int, int, Lengths]] = {}
         for index in np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).round().astype(int).tolist():
             try:
                 size = self.processor.measure(self.record(index), **self._fit)
             except BadRecord:
                 continue
             mix = size.patches > 0, size.frames > 0
-            shortest[mix] = min(shortest.get(mix, (size.tokens, index)), (size.tokens, index))
-        batch, bad = self.batch([index for _, index in shortest.values()])
+            found = size.tokens, index, size
+            shortest[mix] = min(shortest.get(mix, found), found, key=lambda of: of[:2])
+        batch, bad = self.batch(_within_bounds(sorted(shortest.values(), key=lambda of: of[:2])))
         if not batch.records:
             why = f"; the first: {bad[0].reason}" if bad else ""
             raise OmniTuneError(f"none of the records in '{self.specs[0].path}' that were looked at can be used{why}")
@@ -175,3 +180,17 @@ class RecordSet:
                 sources.append(self.locate(index)[0])
                 records.append(index)
         return collate(samples, sources, records), bad
+
+
+def _within_bounds(candidates: Iterable[tuple[int, int, Lengths]]) -> list[int]:
+    """The records of (tokens, index, lengths) that fit together, or bring a medium that those before them lack."""
+    chosen: list[int] = []
+    total = dict.fromkeys(_FEW, 0)
+    for _, index, size in candidates:
+        after = {unit: held + getattr(size, unit) for unit, held in total.items()}
+        if all(after[unit] <= most for unit, most in _FEW.items()) or any(
+            after[unit] and not total[unit] for unit in total
+        ):
+            chosen.append(index)
+            total = after
+    return chosen
