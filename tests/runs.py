@@ -106,9 +106,7 @@ def forget_accelerator() -> None:
 
 def forget(run: Run) -> None:
     """Let go of a run's engine; with `forget_accelerator` the next run can be built in the same processes."""
-    model = run.trainer.train_step.model
-    if hasattr(model, "destroy"):
-        model.destroy()
+    run.accelerator.free_memory()
     unset_hf_deepspeed_config()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 

@@ -35,7 +35,7 @@ def main(config: DictConfig) -> None:
     folder = run.export() if is_done else None
     if run.accelerator.is_main_process:
         print(f"exported to {folder}" if is_done else "stopped; the same command goes on", file=sys.stderr)
-    close(run.accelerator, run.trainer.train_step.model)
+    close(run.accelerator)
     if not is_done:
         sys.exit(STOPPED)
 

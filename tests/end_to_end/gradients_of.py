@@ -58,7 +58,7 @@ def main(out: str, packs_of_ranks: str, *words: str) -> None:
     result = step(0, [records.batch(pack)[0] for pack in mine])
     if run.accelerator.is_main_process:
         save_file(gradients, out, metadata={"loss": repr(result.loss)})
-    close(run.accelerator, step.model)
+    close(run.accelerator)
 
 
 if __name__ == "__main__":

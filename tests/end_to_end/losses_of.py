@@ -41,7 +41,7 @@ def main(folder: Path, settings: list[Setting]) -> None:
                 file.write(json.dumps(outcome) + "\n")
         forget(run)
     faulthandler.cancel_dump_traceback_later()
-    close(run.accelerator, run.trainer.train_step.model)
+    close(run.accelerator)
 
 
 def losses(run: Run, setting: Setting) -> dict:

@@ -19,7 +19,6 @@ SPOILED = 2
 def main(*words: str) -> None:
     """Train with the loss of rank 1 spoiled in one step, and export."""
     run = build(*compose_options(list(words)))
-    step = run.trainer.train_step
     if run.accelerator.process_index == 1:
         backward = run.accelerator.backward
         run.accelerator.backward = lambda loss: backward(
@@ -27,7 +26,7 @@ def main(*words: str) -> None:
         )
     run.trainer.fit()
     run.export()
-    close(run.accelerator, step.model)
+    close(run.accelerator)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main(runs: list[list[str]]) -> None:
         run.export()
         forget(run)
     faulthandler.cancel_dump_traceback_later()
-    close(run.accelerator, run.trainer.train_step.model)
+    close(run.accelerator)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(*words: str) -> None:
     trainer.checkpoints.newest()
     if run.accelerator.is_main_process:
         (run.folder / "again" / "settings.json").write_text(json.dumps({"groups": settings, "updates": counts}))
-    close(run.accelerator, trainer.train_step.model)
+    close(run.accelerator)
 
 
 def inner(optimizer):

@@ -79,11 +79,12 @@ def said(
         folder = folders[name]
         run = build_here([*recipe, *words(folder.parent, "run"), "run.precision=fp32", "run.export_with_code=true"])
         run.trainer.fit()
+        trained = trained_model(run)
         run.export()
         processor = run.records.processor
         exported = AutoModelForCausalLM.from_pretrained(folder / "export").eval()
         found[name] = {
-            "trained": agreement.answers(trained_model(run), processor, agreement.held_out()),
+            "trained": agreement.answers(trained, processor, agreement.held_out()),
             "exported": agreement.answers(exported, processor, agreement.held_out()),
         }
     elsewhere = tmp_path_factory.mktemp("elsewhere")

@@ -42,9 +42,9 @@ def words(folder: Path, out: str = "run") -> list[str]:
 
 def trained_and_exported(run: Run) -> tuple[Any, Batch, dict[str, Tensor]]:
     """The trained model, a batch, and the logits for it: of the base, the model, its export, the adapter by peft."""
+    trained = run.trainer.train_step.model.eval().get_base_model()
     exported = run.export()
     batch = next(iter(run.trainer.steps_from(0, 0))).batches[0]
-    trained = run.trainer.train_step.model.eval().get_base_model()
     base = AutoModelForCausalLM.from_pretrained(run.base).eval()
     with torch.no_grad():
         logits = {

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,19 @@ def test_the_export_gives_the_trained_models_logits(tmp_path: Path) -> None:
     exported = AutoModelForCausalLM.from_pretrained(here.export()).eval()
     with torch.no_grad():
         assert exported.logits(fetched.batches[0]).equal(model.logits(fetched.batches[0]))
+
+
+def test_an_export_lets_the_model_go_first(tmp_path: Path) -> None:
+    data = write_records(tmp_path)
+    here = build_here(["+recipe=full", *data, f"run.dir={tmp_path / 'run'}", "run.max_steps=1", "eval.generate=false"])
+    here.trainer.fit()
+    step = here.trainer.train_step
+    parameters = [weakref.ref(parameter) for parameter in step.model.parameters()]
+    moments = [weakref.ref(value) for state in step.optimizer.state.values() for value in state.values()]
+    del step
+    assert len(moments) > len(parameters)
+    here.export()
+    assert not [held for held in (*parameters, *moments) if held() is not None]
 
 
 def test_export_from_a_checkpoint_equals_the_runs_own(run: Path, tmp_path: Path) -> None:

@@ -99,13 +99,13 @@ def test_one_matrix_stays_embedding_and_head(runs: Path) -> None:
 def test_stock_transformers_computes_what_was_trained(model: str, tuning: str, tmp_path: Path) -> None:
     run = build_here([*words(model, tuning, "none", tmp_path / "run"), "eval.generate=false"])
     run.trainer.fit()
+    trained = trained_model(run)
     exported = run.export()
     if model == "tiny_minicpm":
         convert(exported, "llama", tmp_path / "llama")
         exported = tmp_path / "llama"
     stock = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
     assert type(stock) is transformers.LlamaForCausalLM
-    trained = trained_model(run)
     batch = next(iter(run.trainer.steps_from(0, 0))).batches[0]
     with torch.no_grad():
         for ids in batch.input_ids.split(batch.cu_seqlens.diff().tolist()):

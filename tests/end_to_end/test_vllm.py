@@ -177,8 +177,9 @@ def test_exports_say_what_was_trained(
     few = ["run.max_steps=3", "run.save_every=0", "data.eval=[]", f"run.dir={tmp_path / 'run'}"]
     run = build_here([*words, *few])
     run.trainer.fit()
+    trained = trained_model(run)
     export = run.export()
-    check_agreement(python, export, trained_model(run), run.records.processor, conversations(), tmp_path)
+    check_agreement(python, export, trained, run.records.processor, conversations(), tmp_path)
 
 
 @pytest.fixture(scope="module")

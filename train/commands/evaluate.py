@@ -56,7 +56,7 @@ def run(chosen: argparse.Namespace) -> None:
         if chosen.predictions:
             write_predictions(chosen.predictions, evaluation.predictions)
         print(table(evaluation))
-    close(accelerator, model)
+    close(accelerator)
 
 
 def table(evaluation: "Evaluation") -> str:

@@ -32,6 +32,9 @@ _LOOKED_AT = 64
 _FAULT = 300
 """Most characters of what a decoder says about its failure."""
 
+_FEW = {"tokens": 1024, "patches": 4096, "frames": 3000}
+"""What the records that `few` chooses hold together at most, where that leaves out no medium."""
+
 
 @dataclass(frozen=True)
 class SourceSpec:
@@ -183,9 +186,10 @@ class RecordSet:
         return Measured(lengths, types, self.ends), bad
 
     def few(self) -> Batch:
-        """A small pack with every mix of media: for each the shortest of up to 64 records spread over all.
+        """A small pack with every medium: the shortest of up to 64 records spread over all, one for each mix of media.
 
-        Raises OmniTuneError if none of them can be used.
+        A mix whose media are there already is left out where the pack would get too large with it.
+        Raises OmniTuneError if none of the records can be used.
         """
         workers = replace(self.workers, count=min(self.workers.count, 1))
         [(batch, bad)] = Results(partial(_few, self), lambda done: [None][done:], self.given_up, workers)
@@ -244,7 +248,7 @@ def _lengths_of(records: RecordSet, record: Record) -> tuple[Lengths, str, Stamp
 
 
 def _few(records: RecordSet, _: None, watch: Watching) -> tuple[Batch, list[BadNote]]:
-    shortest: dict[tuple[bool, bool], tuple[int, int]] = {}
+    shortest: dict[tuple[bool, bool], tuple[int, int, Lengths]] = {}
     bad = []
     for index in np.linspace(0, len(records) - 1, min(len(records), _LOOKED_AT)).round().astype(int).tolist():
         size = records.attempt(index, records.measure_one, watch)
@@ -252,6 +256,21 @@ def _few(records: RecordSet, _: None, watch: Watching) -> tuple[Batch, list[BadN
             bad.append(size)
             continue
         mix = size.patches > 0, size.frames > 0
-        shortest[mix] = min(shortest.get(mix, (size.tokens, index)), (size.tokens, index))
-    batch, not_decoded = records.batch([index for _, index in shortest.values()], watch)
+        found = size.tokens, index, size
+        shortest[mix] = min(shortest.get(mix, found), found, key=lambda of: of[:2])
+    batch, not_decoded = records.batch(_within_bounds(sorted(shortest.values(), key=lambda of: of[:2])), watch)
     return batch, bad + not_decoded
+
+
+def _within_bounds(candidates: Iterable[tuple[int, int, Lengths]]) -> list[int]:
+    """The records of (tokens, index, lengths) that fit together, or bring a medium that those before them lack."""
+    chosen: list[int] = []
+    total = dict.fromkeys(_FEW, 0)
+    for _, index, size in candidates:
+        after = {unit: held + getattr(size, unit) for unit, held in total.items()}
+        if all(after[unit] <= most for unit, most in _FEW.items()) or any(
+            after[unit] and not total[unit] for unit in total
+        ):
+            chosen.append(index)
+            total = after
+    return chosen

@@ -33,6 +33,7 @@ from train.engine.stop import StopRequest
 from train.engine.trainer import Rhythm, Trainer
 from train.errors import ConfigError
 from train.families import Family, find
+from train.inference.base_folder import check_files
 from train.inference.export import check_base, export, write_random_model
 from train.modules.adapters import LoraSettings, add_adapters, quantize_linear_layers
 from train.modules.flops import size_of
@@ -58,8 +59,9 @@ class Run:
     stop: StopRequest
 
     def export(self) -> Path:
-        """Write export/ from the newest checkpoint, and check it; every rank must call it."""
+        """Free the model, write export/ from the newest checkpoint, and check it; every rank must call it."""
         checkpoint = self.trainer.checkpoints.newest()
+        self.trainer.let_go()
         unset_hf_deepspeed_config()  # from here on a model is loaded whole, on one rank
         folder = self.folder / "export"
         if self.accelerator.is_main_process:
@@ -75,8 +77,10 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     Raises ConfigError with all faults of the options before anything is loaded.
     """
     check(options, world_size(), os.environ)
-    family = find(model_folder(options)[1])
+    source = Path(model_folder(options)[1])
+    family = find(source)
     _check_family(options, family)
+    check_files(source)
     accelerator = make_accelerator(options)
     folder = _make_folder(options, accelerator)
     base = _base_model(options, folder, accelerator)

@@ -173,9 +173,8 @@ def _single_process_rendezvous() -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def close(accelerator: Accelerator, model: Any) -> None:
+def close(accelerator: Accelerator) -> None:
     """End cleanly: without this, ZeRO-3 on the CPU sometimes aborts at interpreter exit."""
-    if hasattr(model, "destroy"):
-        model.destroy()
+    accelerator.free_memory()
     accelerator.wait_for_everyone()
     accelerator.end_training()

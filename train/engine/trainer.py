@@ -1,5 +1,6 @@
 """The loop: steps of packs, evaluation, checkpoints."""
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,6 +9,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -150,6 +152,14 @@ class Trainer:
         for observer in self.observers:
             observer.on_evaluation(self.position.step, evaluation.values)
         return True
+
+    def let_go(self) -> None:
+        """Free the model, the optimizer and what the engine holds, for good; every rank must call it."""
+        self.accelerator.free_memory()
+        del self.train_step, self.trained
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _fetch(self) -> Iterator[tuple[Fetched, float]]:
         """This rank's share of each step still to do, and the seconds it was waited for."""

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig
 
 from train.errors import CheckpointError
@@ -123,9 +125,9 @@ class Family:
             return model_class(self.config(folder))
 
     def skeleton(self, folder: Path | str) -> Any:
-        """A model of the folder's configuration on the meta device: names and shapes, and no weights."""
+        """A model of the folder's configuration with its parameters on the meta device, and its buffers filled."""
         model_class = _resolve(self.model_class)
-        with torch.device("meta"):
+        with register_module_parameter_registration_hook(_on_meta):  # type: ignore[arg-type]  # it may answer
             return model_class(self.config(folder))
 
     def flops(self, model: Any, tuned: Collection[str]) -> Flops:
@@ -140,6 +142,13 @@ class Family:
         """The processor (tokenizer, pictures, audio) of the folder."""
         self.config(folder)
         return _resolve(self.processor_class).from_pretrained(folder, local_files_only=True)
+
+
+def _on_meta(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """In a parameter's place one without values; None, which keeps it, where it has none (tied ones stay tied)."""
+    if parameter is None or parameter.is_meta:
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
 _OF_ANY_MODEL = frozenset(

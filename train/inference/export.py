@@ -13,22 +13,15 @@ from torch import Tensor, nn
 
 from train.errors import CheckpointError
 from train.families import find
+from train.inference.base_folder import ADAPTER, REPORT, check_files, check_room, side_files
 from train.inference.remote_code import add_remote_code
 from train.inference.shards import rewrite_shard, shards_of, stored_dtypes
 from train.inference.verify import verify
 from train.modules.adapters import LoraSettings, adapter_parts, merged_weight, save_adapter
-from train.modules.trainable import canonical_name, is_adapter
+from train.modules.trainable import is_adapter, names_of_parameters
 from train.schema import Batch
 
 log = logging.getLogger(__name__)
-
-ADAPTER = "adapter"
-REPORT = "export.json"
-
-_WEIGHTS = ("model*.safetensors", "pytorch_model*", "tf_model*", "flax_model*", "consolidated*")
-"""A model's weights in this form and others, which training leaves behind the times."""
-
-_NOT_COPIED = (*_WEIGHTS, ADAPTER, REPORT, ".git", ".cache")
 
 
 def export(
@@ -50,7 +43,8 @@ def export(
     step: optimizer step of the trained values.
     batch: a few samples, by which the written folder is compared with the trained model.
     fully_tuned: modules that were tuned in full beside the adapters; they go with the adapter.
-    with_code: add our classes, so that the folder loads where this project is not installed.
+    with_code: add our classes, so that the folder loads where this project is not installed; the base's own Python
+        stays behind, so that no other code runs there.
 
     Shards, keys and dtypes are those of `base`; what was not trained is copied bit for bit, side files included. A
     QLoRA adapter is merged onto these weights too, as other tools merge and load it, and not onto the 4-bit ones it
@@ -60,16 +54,25 @@ def export(
     with ".failed" after its name.
     """
     family = find(base)
+    check_files(base)
+    skeleton = family.skeleton(base)
+    check_room(base, skeleton, trained, folder, with_adapter=lora is not None)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    copy_side_files(base, aside)
-    skeleton = family.skeleton(base)
-    write_weights(base, skeleton, trained, aside, lora)
-    if lora:
-        save_adapter(skeleton, family.rules, lora, trained, aside / ADAPTER, base=base, fully_tuned=fully_tuned)
-    if with_code:
-        add_remote_code(aside, family)
+    try:
+        copy_side_files(base, aside, with_python=not with_code)
+        write_weights(base, skeleton, trained, aside, lora)
+        if lora:
+            save_adapter(skeleton, family.rules, lora, trained, aside / ADAPTER, base=base, fully_tuned=fully_tuned)
+        if with_code:
+            add_remote_code(aside, family)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"the export to '{folder}' cannot be written: {error}; nothing is lost: make room, and `omnitune export` "
+            "goes on from the run's checkpoint"
+        ) from error
     report: dict[str, Any] = {"base": str(base), "step": step}
     report |= verify(family, base, trained, aside, batch, lora)
     (aside / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -77,12 +80,16 @@ def export(
         failed = folder.with_name(f"{folder.name}.failed")
         _replace(failed, aside)
         raise CheckpointError(
-            f"the export does not compute what was trained: logits differ by {report['difference']['logits']:.2g}, and "
-            f"{report['tolerance']['logits']:.2g} can be explained. It lies in '{failed}' with its {REPORT}; "
+            f"the export is not what was trained: {_faults(report)}. It lies in '{failed}' with its {REPORT}; "
             "do not use it, and report this with that file"
         )
     _replace(folder, aside)
-    log.info("the export's logits differ from the trained model's by %.2g at most", report["difference"]["logits"])
+    log.info(
+        "every tensor of the export is what was trained; stored as %s, its logits differ from the trained model's by "
+        "%.2g at most",
+        report["dtype"],
+        report["difference"]["logits"],
+    )
     return folder
 
 
@@ -115,20 +122,24 @@ def check_base(base: Path, model: nn.Module, trained: Iterable[str]) -> None:
     _changed_keys(base, model, trained)
 
 
-def copy_side_files(base: Path, folder: Path) -> None:
-    """Copy what is not weights (tokenizer, settings, foreign files and folders) and not there yet."""
-    for path in base.iterdir():
+def copy_side_files(base: Path, folder: Path, *, with_python: bool = True) -> None:
+    """Copy what is not weights (tokenizer, settings, foreign files and folders) and not there yet.
+
+    with_python: the base's own code too, which `trust_remote_code=True` may run.
+    """
+    for path in side_files(base):
         target = folder / path.name
-        if target.exists() or any(path.match(pattern) for pattern in _NOT_COPIED):
+        if target.exists() or (path.suffix == ".py" and not with_python):
             continue
         if path.is_dir():
-            shutil.copytree(path, target)
+            shutil.copytree(path, target, ignore=None if with_python else shutil.ignore_patterns("*.py"))
         else:
             shutil.copyfile(path, target)
 
 
 def write_random_model(settings: Path, folder: Path, seed: int) -> None:
     """Write a model of the configuration in `settings` with weights drawn from `seed`, side files included."""
+    check_files(settings)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     find(settings).random_model(settings, seed).to(torch.float32).save_pretrained(aside)
@@ -143,19 +154,26 @@ def _changed_keys(base: Path, model: nn.Module, trained: Iterable[str]) -> dict[
     """
     names = set(trained)
     changed = {name for name in names if not is_adapter(name)} | {f"{layer}.weight" for layer in adapter_parts(names)}
-    first: dict[int, str] = {}
-    owners = {
-        canonical_name(name): first.setdefault(id(parameter), canonical_name(name))
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    keys = {key: owners[key] for key in stored_dtypes(base) if owners.get(key) in changed}
-    if lost := sorted(changed - set(keys.values())):
+    owners = names_of_parameters(model)
+    stored = {key: owners[key] for key in stored_dtypes(base) if key in owners}
+    wanted = changed | {name for name in owners.values() if not is_adapter(name)}
+    if lost := sorted(wanted - set(stored.values())):
         raise CheckpointError(
-            f"'{base}' stores {len(lost)} of the weights to train under other keys than the model's own, or not as "
+            f"'{base}' stores {len(lost)} of the weights under other keys than the model's own, or not as "
             f"floating-point numbers, '{lost[0]}' among them; load it with transformers, save_pretrained it, and start "
             "from that folder"
         )
-    return keys
+    return {key: name for key, name in stored.items() if name in changed}
+
+
+def _faults(report: dict[str, Any]) -> str:
+    """What a check of the export found wrong."""
+    difference, tolerance = report["difference"], report["tolerance"]
+    if wrong := report["wrong"]:
+        return f"{len(wrong)} tensors hold other values, '{wrong[0]}' among them"
+    if not report["merging"] <= tolerance["merging"]:
+        return f"a layer computes other values with its adapter merged, by {report['merging']:.2g} of the largest"
+    return f"logits differ by {difference['logits']:.2g}, and {tolerance['logits']:.2g} can be explained"
 
 
 def _replace(folder: Path, new: Path) -> None:

@@ -15,7 +15,7 @@ _SOURCES = Path(__file__).resolve().parents[2]
 _PACKAGE = "train"
 
 _SETTINGS = ("config.json", "processor_config.json", "preprocessor_config.json")
-"""Where transformers looks for an `auto_map`."""
+"""Where transformers finds our classes by an `auto_map`; in other files it would name code that is not ours."""
 
 
 def add_remote_code(folder: Path, family: Family) -> None:
@@ -33,10 +33,11 @@ def add_remote_code(folder: Path, family: Family) -> None:
     for name, source in flat_files(family).items():
         (folder / name).write_text(source, encoding="utf-8")
     auto_map = {auto: f"{_entry(family)}.{name.partition(':')[2]}" for auto, name in family.auto_classes.items()}
-    for name in _SETTINGS:
-        file = folder / name
-        if file.is_file():
-            settings = json.loads(file.read_text(encoding="utf-8")) | {"auto_map": auto_map}
+    for file in folder.glob("*.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(settings, dict) and (file.name in _SETTINGS or "auto_map" in settings):
+            settings.pop("auto_map", None)
+            settings |= {"auto_map": auto_map} if file.name in _SETTINGS else {}
             file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

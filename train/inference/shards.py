@@ -5,11 +5,12 @@ behind the other. Source: the format's description in the safetensors project.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from train.errors import CheckpointError
@@ -41,6 +42,25 @@ def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
             entries = _entries(_header(file))
         stored |= {key: _FLOATS[entry["dtype"]] for key, entry in entries.items() if entry["dtype"] in _FLOATS}
     return stored
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """All tensors of a model folder by key, as stored; mapped into memory when they are asked for, not copied."""
+
+    def __init__(self, folder: Path):
+        self._places: dict[str, Any] = {}
+        for shard in shards_of(folder):
+            held = safe_open(shard, "pt")
+            self._places |= dict.fromkeys(held.keys(), held)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._places[key].get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def rewrite_shard(source: Path, target: Path, changes: Mapping[str, Change]) -> None:

@@ -29,6 +29,15 @@ def is_adapter(name: str) -> bool:
     return bool(_ADAPTER.search(name))
 
 
+def names_of_parameters(model: nn.Module) -> dict[str, str]:
+    """Every canonical name of a parameter, and its first one: tied parameters have several."""
+    first: dict[int, str] = {}
+    return {
+        canonical_name(name): first.setdefault(id(parameter), canonical_name(name))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
 def module_of(name: str, rules: Rules) -> str:
     """The module that a parameter belongs to, or FROZEN.
 

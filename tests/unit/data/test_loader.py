@@ -9,9 +9,10 @@ import pytest
 from tests.runs import SAMPLE, write_records
 from train.data.loader import StepLoader, StepPlan
 from train.data.plan import Limits
-from train.data.record_set import Measured, RecordSet, SourceSpec
+from train.data.record_set import Measured, RecordSet, SourceSpec, _within_bounds
 from train.errors import OmniTuneError
 from train.families import find
+from train.schema import Lengths
 
 TINY = SAMPLE.parent / "tiny"
 LIMITS = Limits(tokens=256, patches=10_000, frames=10_000)
@@ -58,6 +59,19 @@ def test_a_few_records_are_the_shortest_of_each_mix(tmp_path: Path, processor: A
     records.given_up = dict.fromkeys(range(40), "hung")
     with pytest.raises(OmniTuneError, match=r"none of the records in .* can be used; the first: .*hung"):
         records.few()
+
+
+def test_a_few_records_are_bounded() -> None:
+    """A mix whose media are there already is left out where it would be too much; what brings a medium stays."""
+    text, picture, clip, both = (
+        (20, 0, Lengths(20)),
+        (700, 1, Lengths(700, patches=9000)),
+        (800, 2, Lengths(800, frames=3000)),
+        (900, 3, Lengths(900, patches=100, frames=100)),
+    )
+    assert _within_bounds([text, picture, clip, both]) == [0, 1, 2]
+    assert _within_bounds([text, both]) == [0, 3]
+    assert _within_bounds([(1, 5, Lengths(1, patches=1)), (2, 6, Lengths(2, 1, 2))]) == [5, 6]
 
 
 def test_every_record_once_an_epoch_whatever_the_ranks(tmp_path: Path, processor: Any) -> None:

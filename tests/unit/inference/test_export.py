@@ -102,8 +102,6 @@ def test_full_tuning_keeps_the_layout(base: Path, tmp_path: Path) -> None:
     assert (report["base"], report["step"], report["mode"], report["records"]) == (str(base), 7, "full", 5)
     assert report["dtype"] == "bfloat16, float32"
     assert report["ok"] is True
-    # Nothing but rounding: the difference is what rounding explains.
-    assert report["difference"]["logits"] == pytest.approx(report["tolerance"]["logits"] - 1e-4, abs=1e-5)
     assert 0.001 < report["difference"]["logits"] < 0.2
 
 
@@ -147,11 +145,11 @@ def test_an_export_that_computes_something_else_is_kept_aside(
     monkeypatch.setattr(
         exporting, "merged_weight", lambda weight, *how: weight if weight.shape[0] == 48 else honest(weight, *how)
     )
-    with pytest.raises(CheckpointError, match=r"does not compute what was trained: .*export\.failed"):
+    with pytest.raises(CheckpointError, match=r"is not what was trained: 2 tensors hold .*vision.*fc1.*export\.failed"):
         export(base, learned(base, settings), folder, step=1, batch=BATCH, lora=settings)
     report = json.loads((tmp_path / "export.failed" / "export.json").read_text())
     assert report["ok"] is False
-    assert report["difference"]["logits"] > report["tolerance"]["logits"]
+    assert report["wrong"] == [f"vision.vpm.encoder.layers.{layer}.mlp.fc1.weight" for layer in (0, 1)]
     assert json.loads((folder / "export.json").read_text())["step"] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"export", "export.failed"}
 
@@ -195,7 +193,7 @@ def test_tied_weights_are_written_wherever_they_are_stored(stored: list[str], tm
 
 def test_a_base_with_other_keys_is_refused_before_training(tmp_path: Path) -> None:
     save_file({"embeddings.weight": torch.zeros(3, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"stores 1 of the weights to train under other keys.*'embed.weight'"):
+    with pytest.raises(CheckpointError, match=r"stores 1 of the weights under other keys.*'embed.weight'"):
         check_base(tmp_path, Tied(), ["embed.weight"])
 
 
