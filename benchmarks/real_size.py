@@ -24,16 +24,14 @@ import numpy as np
 import psutil
 import soundfile
 import torch
+from measure import finish, print_table
 from PIL import Image
 from safetensors.torch import save_file
 
+from train.families import find
+from train.geometry import SAMPLE_RATE
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.measure import finish, print_table  # noqa: E402
-from train.families import find  # noqa: E402
-from train.geometry import SAMPLE_RATE  # noqa: E402
-
 TINY = ROOT / "data" / "tiny"
 """Its tokenizer and settings serve here too."""
 
@@ -122,10 +120,8 @@ def write_model(size: Size, folder: Path) -> int:
     for number in range(1, len(shards) + 1):
         named = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         names[number] = _shard(folder, number).rename(folder / named).name
-    index = {
-        "metadata": {"total_size": 2 * parameters},
-        "weight_map": {key: names[at] for key, at in weight_map.items()},
-    }
+    places = {key: names[at] for key, at in weight_map.items()}
+    index = {"metadata": {"total_size": 2 * parameters}, "weight_map": places}
     _write_json(folder / "model.safetensors.index.json", index)
     return parameters
 
@@ -248,15 +244,9 @@ class Table:
 def train_and_export(table: Table, model: Path, records: Path, run: Path) -> None:
     """LoRA steps, a checkpoint, a kill; then the same command to its end, which writes and checks the export."""
     command = [sys.executable, "train/main.py", "+recipe=lora", "model=megrez_3b_omni", f"model.path={model}"]
-    command += [
-        "engine=zero2",
-        "data=files",
-        f"data.train=[{{path: {records}}}]",
-        "data.eval=[]",
-        "data.max_tokens=2048",
-    ]
+    command += ["engine=zero2", "data=files", "data.eval=[]", "data.max_tokens=2048"]
     command += ["run.packs_per_step=1", "run.epochs=9", f"run.max_steps={STEPS}", f"run.save_every={KILLED_AFTER}"]
-    command += [f"run.dir={run}", "tracker=none"]
+    command += [f"data.train=[{{path: {records}}}]", f"run.dir={run}", "tracker=none"]
     log = run.with_suffix(".log")
     metrics = run / "metrics.jsonl"
 
