@@ -3,7 +3,7 @@
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from typing import Any, BinaryIO, Literal, cast
 
@@ -50,23 +50,47 @@ def head_of(file: BinaryIO, size: int = 12) -> bytes:
     return head
 
 
-class HeaderReads:
-    """A file for reading a header: it refuses to go on where no header goes that far.
+@contextmanager
+def header_of(file: BinaryIO) -> Iterator["HeaderReads"]:
+    """The file for reading its header alone; BadRecord if the header goes on for too long.
 
-    Headers are read in the main process, where nobody watches. Some decoders take quadratic time over them.
+    Some decoders take quadratic time over a header, or search a whole file for one.
     """
+    header = HeaderReads(file)
+    try:
+        yield header
+    finally:
+        if header.is_over:
+            raise BadRecord("its header does not end; save it again without metadata") from None
+
+
+class HeaderReads:
+    """A file that ends where no header goes that far. It raises nothing: decoders in C could not pass that on."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._reads, self._bytes = file, 0, 0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether more was asked for than a header may hold."""
+        return self._reads > _HEADER_READS or self._bytes > _HEADER_BYTES
+
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
         self._reads += 1
+        data = b"" if self.is_over else self._file.read(size)
         if size >= 0:  # who takes the whole file at once does so only once
             self._bytes += len(data)
-        if self._reads > _HEADER_READS or self._bytes > _HEADER_BYTES:
-            raise BadRecord("its header does not end; save it again without metadata")
         return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with suppress(OSError, ValueError):  # a damaged header leads before the beginning
+            self._file.seek(offset, whence)
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

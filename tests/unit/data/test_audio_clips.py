@@ -7,7 +7,7 @@ import soundfile
 import torch
 from transformers import WhisperFeatureExtractor
 
-from tests.unit.data.builders import tone, wav
+from tests.unit.data.builders import by_av, tone, wav
 from train.data.audio import clip_length, fit_clip, load_clip, log_mel
 from train.errors import BadRecord
 from train.geometry import mel_frames
@@ -16,20 +16,6 @@ from train.geometry import mel_frames
 def encoded(samples: np.ndarray, rate: int, form: str, subtype: str | None = None) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format=form, subtype=subtype)
-    return file.getvalue()
-
-
-def m4a(samples: np.ndarray, rate: int) -> bytes:
-    av = pytest.importorskip("av")
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=rate, layout="mono")
-        for begin in range(0, len(samples), 1024):
-            piece = np.ascontiguousarray(samples[begin : begin + 1024, 0])[None]
-            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = rate, begin
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
     return file.getvalue()
 
 
@@ -64,7 +50,7 @@ def test_formats_and_rates(form, subtype, rate):
 
 
 def test_m4a_through_pyav():
-    data = m4a(tone(1.5, 44_100), 44_100)
+    data = by_av(tone(1.5, 44_100), 44_100, "mp4", "aac")
     assert clip_length(data) == pytest.approx(24_000, abs=1100)
     clip = load_clip(data)
     assert len(clip) == pytest.approx(24_000, abs=1100)
@@ -73,7 +59,7 @@ def test_m4a_through_pyav():
 
 
 def test_without_pyav_the_message_names_it(monkeypatch):
-    data = m4a(tone(0.2), 16_000)
+    data = by_av(tone(0.2), 16_000, "mp4", "aac")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(BadRecord, match=r"PyAV, which may, is not installed \(`pip install av`\)"):
         clip_length(data)
