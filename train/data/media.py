@@ -18,7 +18,7 @@ MAX_BYTES: dict[MediumKind, int] = {"image": 2**28, "audio": 2**30}
 
 _HEADER_READS = 20_000
 _HEADER_BYTES = 2**24
-"""How far a header is read: colour profiles and embedded previews fit, a chain of a million chunks does not."""
+"""How often a header is read or searched, and how far: colour profiles and embedded previews fit, a chain of a million chunks does not."""
 
 
 @contextmanager
@@ -83,6 +83,7 @@ class HeaderReads:
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._reads += 1
         with suppress(OSError, ValueError):  # a damaged header leads before the beginning
             self._file.seek(offset, whence)
         return self._file.tell()

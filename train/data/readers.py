@@ -29,7 +29,7 @@ _CHUNK = 2**22
 _IS_INK = ~np.isin(np.arange(256), list(b" \t\r\n"))
 """Which bytes make a line one that is not blank."""
 _IS_MARK = np.isin(np.arange(256), list(b'"[]{},'))
-_STEP = np.zeros(256, np.int64)
+_STEP = np.zeros(256, np.int8)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 
 
@@ -283,7 +283,7 @@ class _ListCuts:
         self._in_string = bool(in_string[-1]) if len(at) else self._in_string
         at = at[~in_string & ~is_quote]
         steps = _STEP[data[at]]
-        depths = np.cumsum(steps) + self._depth
+        depths = np.cumsum(steps, dtype=np.int64) + self._depth
         self._depth = int(depths[-1]) if len(at) else self._depth
         is_end = (depths == 0) & (steps < 0)
         is_cut = ((depths == 1) & (steps >= 0)) | is_end

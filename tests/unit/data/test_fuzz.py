@@ -167,7 +167,7 @@ WIDE = st.builds(
     st.sampled_from([b"[]", b"{}", b'{"a":1}', b'""', b"1.5", b"[[[]]]"]),
     st.sampled_from([10, 1000, 10**5, 3 * 10**6]),
 )
-LINES = st.one_of(*[st.builds(as_line, changed_records() | VALUES, st.booleans()) | BYTES] * 40, WIDE)
+LINES = st.one_of(*[st.builds(as_line, changed_records() | VALUES, st.booleans()) | BYTES] * 150, WIDE)
 CUTS = st.none() | st.floats(0, 1)
 
 

@@ -16,7 +16,7 @@ import soundfile
 from PIL import Image
 
 from tests.unit.data.builders import png, tone, wav
-from train.data import media, records
+from train.data import images, media, records
 from train.data.audio import clip_length, load_clip
 from train.data.images import load_picture, picture_size
 from train.data.lengths import LengthCache
@@ -91,6 +91,7 @@ BAD_MEDIA = [
     ("image", png_with(chunk(b"zTXt", b"k\0\0" + ZEROS)), "Decompressed data too large"),
     ("image", png_with(*[chunk(b"teSt", b"")] * 15_000), "its header does not end"),
     ("image", b"\xff\xd8" + (b"\xff\xe1\xff\xff" + b"a" * 65533) * 300, "its header does not end"),
+    ("image", png(2**26, 1, 0, "1"), "67108864x1 pixels, and a side may have 65535"),
     ("audio", b"", "audio '.*medium': it is empty; replace it"),
     ("audio", b"just text", r"begins with b'just text' and is no recording"),
     ("audio", png(8, 8), r"begins with b'\\x89PNG.*' and is no recording"),
@@ -206,6 +207,17 @@ def test_special_tokens_and_placeholders_in_a_text_stay_text(tmp_path: Path, pro
     assert measured.lengths[1, 0] - measured.lengths[0, 0] == len(text) - 1  # a byte a token
     assert len(batch.image_places) == len(batch.audio_places) == 0
     assert processor.tokenizer.decode(batch.input_ids[6 : 6 + len(text)]) == text
+
+
+def test_whatever_a_record_raises_costs_it_alone(
+    tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the bound on its side, resizing this picture takes 2 GB for its 8 KB, which Pillow refuses to ask for."""
+    monkeypatch.setattr(images, "MAX_SIDE", 2**31)
+    (tmp_path / "a.png").write_bytes(png(2**26, 1, 0, "1"))
+    found = reason(tmp_path, processor, asks(image="a.png"))
+    assert "it cannot be used (MemoryError); correct or remove it" in found
+    assert record_set(tmp_path, processor, asks(image="a.png"), asks(text="a")).few().records == [1]
 
 
 def test_line_ends_blank_lines_and_no_last_end(tmp_path: Path) -> None:
