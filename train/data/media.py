@@ -18,7 +18,8 @@ MAX_BYTES: dict[MediumKind, int] = {"image": 2**28, "audio": 2**30}
 
 _HEADER_READS = 20_000
 _HEADER_BYTES = 2**24
-"""How often a header is read or searched, and how far: colour profiles and embedded previews fit, a chain of a million chunks does not."""
+"""How often a header is read or searched, and how far: colour profiles and embedded previews fit, a chain of a million
+chunks does not."""
 
 
 @contextmanager
