@@ -158,7 +158,7 @@ def omni_config(tokenizer: Tokenizer) -> dict:
             "n_head": 3,
             "n_layer": 3,
             "output_dim": 128,
-            "avg_pool": 2,
+            "avg_pool": True,
             "add_audio_bos_eos_token": True,
         },
     }

@@ -37,8 +37,8 @@ def tiny_config(**overrides: Any) -> MegrezOConfig:
             "n_state": 32,
             "n_head": 2,
             "n_layer": 2,
-            "output_dim": 64,
-            "avg_pool": 2,
+            "output_dim": overrides.get("hidden_size", 64),
+            "avg_pool": True,
             "add_audio_bos_eos_token": True,
         },
     }
@@ -79,7 +79,7 @@ def make_sample(
         learned: how many of these, the last, are learned.
     """
     random = torch.Generator().manual_seed(seed)
-    pool = config.audio_config["avg_pool"]
+    pool = config.audio_arguments()["avg_pool"]
     enclosed = [config.query_num for _ in slices] + [frames // 2 // pool + 2 for frames in clips]
     places, token = [], 0
     for count in enclosed:

@@ -107,6 +107,24 @@ def mel_frames(samples: int) -> int:
     return 2 * encoder_frames(samples)
 
 
+def pool_factor(avg_pool: object) -> int:
+    """Encoder frames that become one, of `audio_config.avg_pool`: true = 2, false = 1, an integer = itself.
+
+    The published type is the boolean; folders that early versions of this project wrote state the factor.
+
+    >>> pool_factor(True), pool_factor(False), pool_factor(3)
+    (2, 1, 3)
+    """
+    if isinstance(avg_pool, bool):
+        return 2 if avg_pool else 1
+    if isinstance(avg_pool, int) and avg_pool > 0:
+        return avg_pool
+    raise ValueError(
+        f"audio_config.avg_pool is {avg_pool!r}; it must be true (2 frames become one), false (no pooling), "
+        "or how many frames become one, a whole number"
+    )
+
+
 def pooled_frames(encoded: int, pool: int = 2) -> int:
     """Frames left of `encoded` ones after average-pooling `pool` by `pool`; 0 if too short."""
     return (encoded - pool) // pool + 1 if encoded >= pool else 0

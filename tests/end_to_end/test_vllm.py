@@ -190,7 +190,8 @@ def server(python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) 
         port = free.getsockname()[1]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "tiny"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
+    # vLLM lets no request set options of the processor, unless it is told to trust them; ours never does.
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--trust-request-mm-kwargs"]
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -219,9 +220,10 @@ def whole(text: str) -> str:
     return text.strip().rstrip("\N{REPLACEMENT CHARACTER}").strip()
 
 
-def post(address: str, content: Any) -> tuple[int, str]:
-    """Status, and the answer or the error's message."""
+def post(address: str, content: Any, **more: Any) -> tuple[int, str]:
+    """Status, and the answer or the error's message; `more` joins the request."""
     request = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 12, "temperature": 0}
+    request |= more
     body, headers = json.dumps(request).encode(), {"Content-Type": "application/json"}
     try:
         with urlopen(Request(f"{address}/v1/chat/completions", body, headers), timeout=120) as response:
@@ -269,4 +271,8 @@ def test_what_cannot_be_used_is_refused_with_its_reason(server: str) -> None:
         status, message = post(server, content)
         assert status == 400
         assert reason in message
+    for name, value in {"subfolder": "../elsewhere", "cache_dir": "/tmp", "long_audio": "cut"}.items():
+        status, message = post(server, [item(PICTURE), item(QUESTION)], mm_processor_kwargs={name: value})
+        assert status == 400
+        assert f"mm_processor_kwargs has '{name}', which a request may not set" in message
     assert post(server, QUESTION)[0] == 200

@@ -8,6 +8,7 @@ from train.geometry import (
     encoder_frames,
     mel_frames,
     picture_layout,
+    pool_factor,
     pooled_frames,
     slice_grid,
 )
@@ -83,6 +84,17 @@ def test_best_size_keeps_small_pictures_unless_told():
 )
 def test_audio(samples, mel, encoded, places):
     assert (mel_frames(samples), encoder_frames(samples), audio_places(samples)) == (mel, encoded, places)
+
+
+@pytest.mark.parametrize(("avg_pool", "places"), [(True, 752), (2, 752), (False, 1502), (1, 1502), (3, 502)])
+def test_pooling_in_its_published_type(avg_pool, places):
+    assert audio_places(480_000, pool=pool_factor(avg_pool)) == places
+
+
+@pytest.mark.parametrize("avg_pool", [0, -1, 2.0, "true", None, [2]])
+def test_any_other_pooling_is_refused_by_name(avg_pool):
+    with pytest.raises(ValueError, match=r"audio_config\.avg_pool is .*; it must be true"):
+        pool_factor(avg_pool)
 
 
 def test_audio_settings():

@@ -70,8 +70,13 @@ class RecordProcessor(PromptMixin):
         names = [*sorted(self.template.required), *specials]
         optional = [name for form in self.template.roles.values() for name in form.content_specials]
         self._encoder = TextEncoder(tokenizer.backend_tokenizer.to_str(), names, optional)
-        first = tokenizer("a")["input_ids"][:1]
-        self._begin = first if first == [tokenizer.bos_token_id] else []
+        ids = tokenizer("a")["input_ids"]
+        self._begin = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            raise CheckpointError(
+                f"the tokenizer ends each text with '{tokenizer.eos_token}', and here the chat template does that; "
+                "set add_eos_token to false in tokenizer_config.json"
+            )
 
     def measure(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Lengths:
         """The lengths that `encode` will give, from headers alone; what is too long fails here already."""

@@ -78,7 +78,7 @@ class HeaderReads:
 
     def read(self, size: int = -1) -> bytes:
         self._reads += 1
-        data = b"" if self.is_over else self._file.read(size)
+        data = b"" if self.is_over else self._file.read(min(size, _HEADER_BYTES + 1))
         if size >= 0:  # who takes the whole file at once does so only once
             self._bytes += len(data)
         return data

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from train.data.chat import CHAT_TEMPLATE_JINJA, MEGREZ_TEMPLATE, Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
 from train.data.images import SliceSettings, load_picture, picture_size, slices_of, to_rgb
 from train.errors import BadRecord, CheckpointError
-from train.geometry import SAMPLE_RATE, PictureLayout, audio_places, mel_frames
+from train.geometry import HOP, SAMPLE_RATE, PictureLayout, audio_places, mel_frames, pool_factor
 from train.schema import Lengths, MediaSource
+from train.settings import count_faults, fixed_faults, kind_faults, refuse
 
 LongAudio = Literal["quarantine", "cut"]
 
@@ -30,6 +31,9 @@ AUDIO_ENDS = ("<|audio_start|>", "<|audio_end|>")
 
 CLIP_TOLERANCE = (0.1, 0.01)
 """How far a clip may differ from its header: seconds, and a share of its length."""
+
+_FIXED = {"norm_mean": [0.5] * 3, "norm_std": [0.5] * 3, "sampling_rate": SAMPLE_RATE, "hop_length": HOP, "n_fft": 400}
+"""The only values of these keys in preprocessor_config.json: the model norms pixels itself, mels are Whisper's."""
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -44,6 +48,8 @@ class MegrezOImageProcessor(BaseImageProcessor):
         use_image_id: number the pictures of a conversation with special tokens.
         image_feature_size: token places of a slice (the resampler's queries).
         slice_mode: False keeps every picture to one slice.
+
+    CheckpointError names each value that is not implemented.
     """
 
     model_input_names = ["patches", "slice_sizes"]  # noqa: RUF012
@@ -58,6 +64,12 @@ class MegrezOImageProcessor(BaseImageProcessor):
         slice_mode: bool = True,
         **kwargs: Any,
     ):
+        sizes = {"max_slice_nums": max_slice_nums, "scale_resolution": scale_resolution}
+        sizes |= {"patch_size": patch_size, "image_feature_size": image_feature_size}
+        faults = count_faults(sizes, tuple(sizes))
+        switches = {"use_image_id": use_image_id, "slice_mode": slice_mode}
+        faults += kind_faults(switches, bool, **dict.fromkeys(switches, "true or false"))
+        refuse([f"preprocessor_config.json: {fault}" for fault in faults + fixed_faults(kwargs, _FIXED)])
         super().__init__(**kwargs)
         self.max_slice_nums = max_slice_nums
         self.scale_resolution = scale_resolution
@@ -99,7 +111,7 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
     Args:
         system_prompt: put first where a conversation has no system turn; None takes the template's, "" none.
         long_audio: what happens to a clip longer than the audio encoder takes (30 s): "quarantine" or "cut".
-        audio_pool: encoder frames that become one token place (`audio_config.avg_pool`).
+        audio_pool: encoder frames that become one token place (see `geometry.pool_factor`).
         audio_bos_eos: whether begin and end embeddings take two more places.
 
     `system_prompt` and `long_audio` may be set at any time.
@@ -120,6 +132,8 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
     ):
         chat_template = chat_template or getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE_JINJA
         super().__init__(image_processor, feature_extractor, tokenizer, chat_template=chat_template)
+        if long_audio not in get_args(LongAudio):
+            raise ValueError(f"long_audio is {long_audio!r}; it must be one of {', '.join(get_args(LongAudio))}")
         self.system_prompt = system_prompt
         self.long_audio = long_audio
         self.audio_pool = audio_pool
@@ -143,6 +157,8 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         pictures = _read_json(folder, "preprocessor_config.json", hub) or saved.get("image_processor")
         if not pictures:
             raise CheckpointError(f"'{folder}' has no preprocessor_config.json; copy it from the published model")
+        model = {"image_feature_size": config.get("query_num"), "patch_size": config.get("patch_size")}
+        _check_agreement(folder, pictures, model)
         pictures.setdefault("image_feature_size", config.get("query_num", 64))
         tokenizer = load_tokenizer(folder, **hub)
         audio = config.get("audio_config", {})
@@ -155,7 +171,7 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
             key: saved[key] for key in ("system_prompt", "long_audio", "audio_pool", "audio_bos_eos") if key in saved
         }
         if "avg_pool" in audio:
-            settings["audio_pool"] = audio["avg_pool"]
+            settings["audio_pool"] = pool_factor(audio["avg_pool"])
         if "add_audio_bos_eos_token" in audio:
             settings["audio_bos_eos"] = audio["add_audio_bos_eos_token"]
         settings |= {key: kwargs[key] for key in ("system_prompt", "long_audio") if key in kwargs}
@@ -263,6 +279,17 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         except BadRecord as fault:
             raise BadRecord(f"{_name(clip.source)}: {fault}") from None
         return log_mel(fitted, self.feature_extractor)
+
+
+def _check_agreement(folder: str | Path, pictures: dict[str, Any], model: dict[str, Any]) -> None:
+    """CheckpointError where preprocessor_config.json and config.json do not agree."""
+    stated = {key: value for key, value in model.items() if value is not None}
+    refuse(
+        [
+            f"'{folder}': {fault}, by config.json; correct preprocessor_config.json"
+            for fault in fixed_faults(pictures, stated)
+        ]
+    )
 
 
 def _name(source: MediaSource) -> str:

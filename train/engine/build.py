@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
+from train.announce import announced
 from train.checks import check, model_folder, tuned_modules
 from train.config import Options, Precision, Tracker
 from train.data.loader import StepLoader, StepPlan
@@ -35,7 +36,7 @@ from train.families import Family, find
 from train.inference.export import check_base, export, write_random_model
 from train.modules.adapters import LoraSettings, add_adapters, quantize_linear_layers
 from train.modules.flops import size_of
-from train.modules.trainable import canonical_name, choose_trainable, parameter_groups
+from train.modules.trainable import canonical_name, choose_trainable, module_of, parameter_groups
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     processor = load_processor(options, family, base)
 
     train_set, measured, eval_set, eval_measured, quarantine = read_data(options, base, processor, folder, accelerator)
-    model = _load_model(options, family, base, accelerator.device)
+    with announced(f"loading the weights of '{base}'"):
+        model = _load_model(options, family, base, accelerator.device)
     plan = StepPlan(
         measured,
         [spec.weight for spec in train_set.specs],
@@ -102,7 +104,8 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         weight_decay=options.optim.weight_decay,
     )
     optimizer = make_optimizer(groups, options.optim)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    with announced(f"starting engine={options.engine.name} (an offload engine compiles its optimizer the first time)"):
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
     set_seed(options.run.seed, device_specific=True)
 
     checkpoints = Checkpoints(
@@ -142,7 +145,8 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         observers=[],
     )
     if found:
-        trainer.resume(found)
+        with announced(f"reading '{found}'"):
+            trainer.resume(found)
         train_set.leave_out(quarantine.notes)
     if accelerator.is_main_process:
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
@@ -222,34 +226,37 @@ def _base_model(options: Options, folder: Path, accelerator: Accelerator) -> Pat
         return Path(options.model.path)
     base = folder / RANDOM_MODEL
     if accelerator.is_main_process and not base.exists():
-        write_random_model(Path(options.model.random_from or ""), base, options.run.seed)
+        with announced(f"making a random model in '{base}'"):
+            write_random_model(Path(options.model.random_from or ""), base, options.run.seed)
     accelerator.wait_for_everyone()
     return base
 
 
 def _load_model(options: Options, family: Family, base: Path, device: torch.device) -> nn.Module:
-    """The model with what learns chosen: float32 where the masters live in it, frozen parts in the compute dtype.
+    """The model with what learns chosen: float32 where it is its own master weight, else in the compute dtype.
 
-    device: where 4-bit weights are made; all else is still on the CPU.
+    device: where the model will live; under DeepSpeed, its engine moves what it does not offload.
     """
     in_bf16 = options.run.precision is Precision.bf16
-    model = family.load_model(base, dtype=torch.bfloat16 if in_bf16 and zero_stage(options) else torch.float32)
+    compute_dtype = torch.bfloat16 if in_bf16 else torch.float32
+    tuned, adapted = tuned_modules(options), options.lora.modules
+    is_master = in_bf16 and not zero_stage(options)  # DeepSpeed keeps fp32 master weights of its own
+    in_full = {name for name in tuned if name not in adapted}
+    model = family.load_model(
+        base,
+        dtype=compute_dtype,
+        in_float32=(lambda name: module_of(name, family.rules) in in_full) if is_master else None,
+        device=None if zero_stage(options) else device,
+    )
     model.liger_loss = options.run.liger_loss
-    tuned = tuned_modules(options)
     if options.run.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if options.lora.load_in_4bit:
-        compute_dtype = torch.bfloat16 if in_bf16 else torch.float32
         quantize_linear_layers(model, family.rules, "llm", compute_dtype=compute_dtype, device=device)
-    if options.lora.modules:
-        model = add_adapters(model, family.rules, lora_settings(options, family))
-    choose_trainable(model, family.rules, tuned=tuned, adapted=options.lora.modules)
+    if adapted:
+        model = add_adapters(model, family.rules, lora_settings(options, family), in_float32=is_master)
+    choose_trainable(model, family.rules, tuned=tuned, adapted=adapted)
     check_base(base, model, [canonical_name(name) for name, value in model.named_parameters() if value.requires_grad])
-    if in_bf16:
-        for parameter in model.parameters():
-            in_place = parameter.requires_grad and not zero_stage(options)  # DeepSpeed keeps masters of its own
-            if parameter.is_floating_point() and not in_place:
-                parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 

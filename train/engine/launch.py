@@ -17,6 +17,7 @@ from accelerate.utils import (
     set_seed,
 )
 
+from train.announce import announced
 from train.config import Options, Precision
 from train.engine.compile_locks import drop_stale_locks
 from train.errors import ConfigError
@@ -135,12 +136,14 @@ def make_accelerator(options: Options) -> Accelerator:
         drop_stale_locks()
         _single_process_rendezvous()
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(options))
-    accelerator = Accelerator(
-        mixed_precision="bf16" if options.run.precision is Precision.bf16 else "no",
-        cpu=not on_cuda and plugin is None,
-        deepspeed_plugin=plugin,
-        kwargs_handlers=handlers,
-    )
+    first_time = "; the first time on a machine, DeepSpeed compiles an operator, which takes one to three minutes"
+    with announced(f"connecting the ranks{first_time if plugin else ''}"):
+        accelerator = Accelerator(
+            mixed_precision="bf16" if options.run.precision is Precision.bf16 else "no",
+            cpu=not on_cuda and plugin is None,
+            deepspeed_plugin=plugin,
+            kwargs_handlers=handlers,
+        )
     if options.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -2,18 +2,23 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from transformers import PreTrainedConfig
 
 from train.errors import CheckpointError
 from train.modules.flops import Flops
 from train.modules.trainable import FROZEN, Rules
+
+log = logging.getLogger(__name__)
 
 Medium = Literal["patches", "frames"]
 """Field of `schema.Lengths` that counts a medium."""
@@ -45,17 +50,62 @@ class Family:
     """Classes of ours behind transformers' Auto classes, which an export can carry; empty where its own do."""
     conversions: Mapping[str, str] = field(default_factory=dict)
     """Other forms of its models that compute the same, each a `conversion.Conversion`, by the form's name."""
+    stated_keys: tuple[str, ...] = ()
+    """Keys that a config.json must state, since without them the published code takes other values than ours, and no
+    weight's shape would tell; `a.b` is b in a's mapping, `a|b` one of two."""
+    own_keys: frozenset[str] = frozenset()
+    """Keys of config.json that this project writes for itself."""
 
     @property
     def modules(self) -> set[str]:
         """The modules of this family that can learn."""
         return {module for _, module in self.rules} - {FROZEN}
 
-    def load_model(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> Any:
-        """The model with the folder's weights, in `dtype` (default: as stored)."""
+    def config(self, folder: Path | str) -> PreTrainedConfig:
+        """The folder's configuration; CheckpointError names what it asks for that the model does not do."""
+        file = Path(folder) / "config.json"
+        stated = _read_json(file) or {}
+        lacking = [key for key in self.stated_keys if not any(_states(stated, name) for name in key.split("|"))]
+        if lacking:
+            names = ", ".join(repr(key.split("|")[0]) for key in lacking)
+            raise CheckpointError(f"{file} lacks {names}; copy the file from the published model")
+        config_class = _resolve(self.model_class).config_class
+        try:
+            config = config_class.from_pretrained(folder, local_files_only=True)
+        except Exception as fault:  # transformers' checks of types raise what is neither ValueError nor TypeError
+            told = " ".join(str(fault).split())
+            raise CheckpointError(f"{file}: {told}; correct the value, or take another model") from None
+        if unknown := sorted(_unknown_keys(stated, config_class().to_dict(), _OF_ANY_MODEL | self.own_keys)):
+            _tell_once(f"{file}: keys that change nothing here: {', '.join(unknown)}")
+        return config
+
+    def load_model(
+        self,
+        folder: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        in_float32: Callable[[str], bool] | None = None,
+        device: torch.device | None = None,
+    ) -> Any:
+        """The model with the folder's weights, each read once, in its final dtype and on its final device.
+
+        Args:
+            dtype: of the weights; None = as stored.
+            in_float32: whether the parameter of a name is float32 whatever `dtype` says; buffers then are, too.
+            device: None = the CPU, or under ZeRO-3 where DeepSpeed puts its shards.
+
+        Raises CheckpointError where weights are missing.
+        """
+        self.config(folder)
         model_class = _resolve(self.model_class)
+        if in_float32:
+            model_class = _with_float32(model_class, in_float32)
         model, report = model_class.from_pretrained(
-            folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
+            folder,
+            dtype=dtype or "auto",
+            device_map=None if device is None or device.type == "cpu" else {"": device},
+            output_loading_info=True,
+            local_files_only=True,
         )
         lacking = sorted(report["missing_keys"])
         if lacking:
@@ -70,13 +120,13 @@ class Family:
         model_class = _resolve(self.model_class)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return model_class(model_class.config_class.from_pretrained(folder))
+            return model_class(self.config(folder))
 
     def skeleton(self, folder: Path | str) -> Any:
         """A model of the folder's configuration on the meta device: names and shapes, and no weights."""
         model_class = _resolve(self.model_class)
         with torch.device("meta"):
-            return model_class(model_class.config_class.from_pretrained(folder))
+            return model_class(self.config(folder))
 
     def flops(self, model: Any, tuned: Collection[str]) -> Flops:
         """Predicted floating-point work of a training step in which the `tuned` modules learn."""
@@ -88,7 +138,38 @@ class Family:
 
     def load_processor(self, folder: Path | str) -> Any:
         """The processor (tokenizer, pictures, audio) of the folder."""
+        self.config(folder)
         return _resolve(self.processor_class).from_pretrained(folder, local_files_only=True)
+
+
+_OF_ANY_MODEL = frozenset(
+    {"_name_or_path", "architectures", "auto_map", "model_type", "rope_scaling", "rope_theta", "torch_dtype"}
+    | {"attention_dropout", "hidden_act", "num_channels"}  # of a vision tower, which have one possible value
+    | {"dtype", "transformers_version", "output_attentions", "output_hidden_states", "return_dict", "use_cache"}
+)
+"""Keys that every config.json may hold; which of them act, docs/published_models.md says."""
+
+
+def _unknown_keys(stated: Mapping[str, Any], known: Mapping[str, Any], others: Collection[str]) -> set[str]:
+    """Keys of a config.json that its class does not know; those of a tower's mapping as `a.b`."""
+    unknown = stated.keys() - known.keys() - set(others)
+    for name, inner in stated.items():
+        if name.endswith("_config") and isinstance(inner, dict) and isinstance(known.get(name), dict):
+            unknown |= {f"{name}.{key}" for key in _unknown_keys(inner, known[name], others)}
+    return unknown
+
+
+@lru_cache(maxsize=64)
+def _tell_once(message: str) -> None:
+    log.warning(message)
+
+
+def _states(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a config.json states a key, `a.b` as b in a's mapping; a mapping that is left out needs no keys."""
+    outer, _, inner = key.partition(".")
+    if not inner:
+        return outer in config
+    return outer not in config or (isinstance(config[outer], dict) and inner in config[outer])
 
 
 def quieten_transformers() -> None:
@@ -96,6 +177,18 @@ def quieten_transformers() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel package that it does without
+
+
+def _with_float32(model_class: Any, in_float32: Callable[[str], bool]) -> Any:
+    """The class, whose `from_pretrained` loads what `in_float32` names, and all buffers, in float32."""
+
+    def dtype_plan(self: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        names = [name for name, _ in self.named_parameters() if in_float32(name)]
+        names += [name for name, _ in self.named_buffers()]
+        return {f"^{re.escape(name)}$": torch.float32 for name in names}
+
+    # transformers asks this method for what stays float32 in a model of half precision.
+    return type(model_class.__name__, (model_class,), {"_get_dtype_plan": dtype_plan})
 
 
 def _resolve(name: str) -> Any:

@@ -28,6 +28,11 @@ MEGREZO = Family(
         "audio_encoder": ("query", "key", "value", "out", "mlp.0", "mlp.2"),
         "audio_proj": ("proj",),
     },
+    stated_keys=(
+        *("num_attention_heads", "num_hidden_layers", "rms_norm_eps", "rope_theta|rope_parameters"),
+        *("vision_config.num_attention_heads", "vision_config.num_hidden_layers"),
+        *("audio_config.n_head", "audio_config.n_layer"),
+    ),
     auto_classes={
         "AutoConfig": "train.modules.megrezo:MegrezOConfig",
         "AutoModel": "train.modules.megrezo:MegrezO",

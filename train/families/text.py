@@ -22,6 +22,14 @@ MINICPM = replace(
     recognises=lambda model_type, chat_template: model_type == "minicpm",
     model_class="train.modules.text:MiniCPMForCausalLM",
     processor_class="train.data.text:MiniCPMProcessor",
+    stated_keys=(
+        "num_attention_heads",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "scale_emb",
+        "scale_depth",
+        "dim_model_base",
+    ),
     auto_classes={
         "AutoConfig": "train.modules.text:MiniCPMConfig",
         "AutoModelForCausalLM": "train.modules.text:MiniCPMForCausalLM",
@@ -34,6 +42,8 @@ MINICPM_LLAMA = replace(
     name="minicpm-llama",
     recognises=lambda model_type, chat_template: model_type == "llama" and "<用户>" in chat_template,
     model_class="train.modules.text:LlamaForCausalLM",
+    stated_keys=(),
+    own_keys=frozenset({"minicpm"}),
     auto_classes={},
     conversions={"minicpm": "train.families.conversion:LLAMA_TO_MINICPM"},
 )

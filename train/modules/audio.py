@@ -25,7 +25,7 @@ class AudioEncoder(nn.Module):
         n_ctx: frames of the longest clip after the convolutions (20 ms each).
         n_state: the encoder's width, even.
         output_dim: D
-        avg_pool: encoder frames that become one token place.
+        avg_pool: encoder frames that become one token place (see `geometry.pool_factor`).
         add_audio_bos_eos_token: whether learned begin and end embeddings enclose each clip.
     """
 

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
+from train.geometry import pool_factor
 from train.modules.audio import AudioEncoder, sinusoids
 from train.modules.llm import build_llm
 from train.modules.packed import PackedModel
 from train.modules.resampler import CrossAttention, Resampler
+from train.modules.supported import audio_faults, llm_faults, vision_faults
 from train.modules.vision import VisionTower
 from train.schema import Batch
+from train.settings import count_faults, kind_faults, refuse
 
 _SIGLIP_SO400M = {
     "hidden_size": 1152,
@@ -35,7 +38,7 @@ _WHISPER_LARGE_V3 = {
     "n_head": 20,
     "n_layer": 32,
     "output_dim": 2560,
-    "avg_pool": 2,
+    "avg_pool": True,
     "add_audio_bos_eos_token": True,
 }
 
@@ -43,7 +46,8 @@ _WHISPER_LARGE_V3 = {
 class MegrezOConfig(LlamaConfig):
     """Configuration with the published layout: the Llama's keys on top, one dict for each tower.
 
-    Without arguments it is Megrez-3B-Omni. Keys that it does not know are kept, and saved again.
+    Without arguments it is Megrez-3B-Omni. Keys that it does not know are kept, and saved again. CheckpointError names
+    each value that the model does not implement.
     """
 
     model_type = "megrezo"
@@ -66,8 +70,21 @@ class MegrezOConfig(LlamaConfig):
     vision_batch_size: int = 8
     """Kept for the published code; here all slices go through the tower at once."""
     drop_vision_last_layer: bool = False
+    """Whether the vision tower has one layer less than `vision_config` says."""
     vision_config: dict = field(default_factory=lambda: dict(_SIGLIP_SO400M))
     audio_config: dict = field(default_factory=lambda: dict(_WHISPER_LARGE_V3))
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # The head is a weight of its own in every published folder; one that shares the embedding was never tried.
+        faults = llm_faults(self, tie_word_embeddings=False)
+        faults += count_faults(vars(self), ("query_num", "patch_size", "vision_batch_size"))
+        faults += kind_faults(vars(self), bool, drop_vision_last_layer="true or false")
+        faults += kind_faults(vars(self), dict, vision_config="a mapping", audio_config="a mapping") or [
+            *vision_faults(_SIGLIP_SO400M | self.vision_config, self.patch_size),
+            *audio_faults(_WHISPER_LARGE_V3 | self.audio_config, self.hidden_size),
+        ]
+        refuse(faults)
 
     def llama_config(self) -> LlamaConfig:
         """The Llama's part, as a configuration of its own. (vLLM would take the name `llm_config` for a setting.)"""
@@ -82,7 +99,8 @@ class MegrezOConfig(LlamaConfig):
 
     def audio_arguments(self) -> dict[str, Any]:
         """Arguments of `AudioEncoder`."""
-        return _chosen(_WHISPER_LARGE_V3, self.audio_config)
+        arguments = _chosen(_WHISPER_LARGE_V3, self.audio_config)
+        return arguments | {"avg_pool": pool_factor(arguments["avg_pool"])}
 
 
 def _chosen(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

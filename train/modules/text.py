@@ -7,12 +7,22 @@ from typing import Any
 
 import transformers
 from torch import Tensor
-from transformers import GraniteForCausalLM, LlamaConfig
+from transformers import GraniteForCausalLM
 
 from train.modules.attention import ATTENTION_NAME
 from train.modules.llm import RotaryEmbedding
 from train.modules.packed import PackedModel
+from train.modules.supported import llm_faults
 from train.schema import Batch
+from train.settings import count_faults, refuse, scale_faults
+
+
+class LlamaConfig(transformers.LlamaConfig):
+    """The stock configuration; CheckpointError names each value that the model does not implement."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        refuse(llm_faults(self))
 
 
 class PackedText(PackedModel):
@@ -20,7 +30,7 @@ class PackedText(PackedModel):
 
     model: Any
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: transformers.LlamaConfig):
         config._attn_implementation = ATTENTION_NAME
         super().__init__(config)  # type: ignore[call-arg]  # of the model that this is mixed into
         self.model.rotary_emb = RotaryEmbedding(config)
@@ -58,8 +68,10 @@ class PackedText(PackedModel):
 class LlamaForCausalLM(PackedText, transformers.LlamaForCausalLM):  # type: ignore[misc]  # `generate` takes more
     """Megrez-3B-Instruct, and MiniCPM-2B in its Llama form."""
 
+    config_class = LlamaConfig
 
-class MiniCPMConfig(LlamaConfig):
+
+class MiniCPMConfig(transformers.LlamaConfig):
     """Configuration of MiniCPM with the published keys. Without arguments it is MiniCPM-2B."""
 
     model_type = "minicpm"
@@ -74,12 +86,20 @@ class MiniCPMConfig(LlamaConfig):
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.1
     tie_word_embeddings: bool = True
-    scale_emb: float = 12
+    scale_emb: int | float = 12
     """Embeddings are multiplied by it."""
-    scale_depth: float = 1.4
+    scale_depth: int | float = 1.4
     """What a layer's attention and MLP add is multiplied by it, and divided by the root of the number of layers."""
     dim_model_base: int = 256
     """What the head takes is divided by `hidden_size` over it."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # The scales go into weights: a bias of what ends a branch would need its own.
+        faults = llm_faults(self, attention_bias=False, mlp_bias=False)
+        faults += scale_faults(vars(self), ("scale_emb", "scale_depth"))
+        faults += count_faults(vars(self), ("dim_model_base",))
+        refuse(faults)
 
     # The same constants under the names that transformers' Granite, a Llama with such scales, reads.
     @property

@@ -92,11 +92,12 @@ class PatchEmbeddings(nn.Module):
 def axis_buckets(patches: int, side: int) -> Tensor:
     """The bucket, of `side` ones, of each of the patches along an axis: int64 (patches,).
 
-    The float32 steps of arange are part of the published function: an exact fraction gives other buckets
-    for some lengths (25, 49 and 50 among them).
+    Rounding is part of the published function, where the length is an integer tensor: 1 / length is float32
+    before arange sees it. A Python number gives other buckets for some lengths (25, 49 and 50 among them).
     """
     boundaries = torch.arange(1 / side, 1.0, 1 / side, dtype=torch.float32, device="cpu")
-    fractions = torch.arange(0, 1 - 1e-6, 1 / patches, dtype=torch.float32, device="cpu")
+    step = 1 / torch.tensor(patches, device="cpu")
+    fractions = torch.arange(0, 1 - 1e-6, step.item(), dtype=torch.float32, device="cpu")
     return torch.bucketize(fractions, boundaries, right=True)
 
 

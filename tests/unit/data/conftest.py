@@ -41,7 +41,7 @@ def model_folder(tmp_path: Path, tokenizer) -> Path:
         "use_image_id": True,
         "norm_mean": [0.5, 0.5, 0.5],
     }
-    audio = {"n_mels": 80, "n_ctx": 1500, "avg_pool": 2, "add_audio_bos_eos_token": True}
+    audio = {"n_mels": 80, "n_ctx": 1500, "avg_pool": True, "add_audio_bos_eos_token": True}
     config = {"model_type": "megrezo", "query_num": 8, "audio_config": audio}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps(config))

@@ -7,7 +7,7 @@ import transformers
 from torch import Tensor
 
 from tests.builders import make_batch, make_sample, randomize, tiny_config
-from train.modules.text import LlamaForCausalLM, MiniCPMConfig, MiniCPMForCausalLM
+from train.modules.text import LlamaConfig, LlamaForCausalLM, MiniCPMConfig, MiniCPMForCausalLM
 from train.schema import Batch, Sample
 
 SIZES = {
@@ -84,6 +84,33 @@ def test_a_plain_llama_is_transformers_own(tmp_path):
     assert stock.config.architectures == ["LlamaForCausalLM"]
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(stock(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    ],
+)
+@torch.no_grad()
+def test_scaled_rotary_embeddings_are_transformers_own(rope, samples, batch):
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, rope_scaling=rope, rope_theta=5e5)
+    packed, plain = made(LlamaForCausalLM(config)), llama()
+    stock = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_scaling=rope, rope_theta=5e5)).eval()
+    for model in (stock, plain):
+        model.load_state_dict(packed.state_dict())
+    expected = torch.cat([stock(input_ids=sample.input_ids[None]).logits[0] for sample in samples])
+    torch.testing.assert_close(packed.logits(batch), expected, atol=1e-4, rtol=1e-4)
+    assert (plain.logits(batch) - expected).abs().max() > 1e-2
 
 
 def rms(x: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
+from random import Random
+
 import pytest
 import torch
+from torch import Tensor
 from transformers import Idefics2VisionConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
@@ -50,11 +53,50 @@ def test_buckets_are_exact_fractions_where_rounding_does_not_decide(patches):
     assert axis_buckets(patches, SIDE).tolist() == exact_buckets(patches)
 
 
-@pytest.mark.parametrize("patches", [25, 49, 50, 55, 77, 82, 94, 95, 98])
-def test_buckets_differ_from_idefics2_where_rounding_decides(patches):
+def published_buckets(patches: int) -> Tensor:
+    """The published formula, word for word: the length of an axis is an integer tensor there."""
+    nb_patches = torch.ones(patches, dtype=torch.bool).sum()
     boundaries = torch.arange(1 / SIDE, 1.0, 1 / SIDE)
-    idefics = torch.bucketize((torch.arange(patches) * (1.0 / torch.tensor(patches))), boundaries, right=True)
-    assert axis_buckets(patches, SIDE).tolist() != idefics.tolist()
+    fractional_coords = torch.arange(0, 1 - 1e-6, 1 / nb_patches)
+    return torch.bucketize(fractional_coords, boundaries, right=True)
+
+
+def published_positions(height: int, width: int) -> Tensor:
+    return (published_buckets(height)[:, None] * SIDE + published_buckets(width)).flatten()
+
+
+AXES = range(1, 201)
+
+
+def test_positions_are_the_published_ones_for_every_length_of_either_axis(tower):
+    for length in AXES:
+        assert tower.embeddings._positions(length, 3).equal(published_positions(length, 3)), length
+        assert tower.embeddings._positions(2, length).equal(published_positions(2, length)), length
+
+
+def test_positions_are_the_published_ones_for_grids_drawn_at_random(tower):
+    random = Random(0)
+    for _ in range(500):
+        height, width = random.choice(AXES), random.choice(AXES)
+        assert tower.embeddings._positions(height, width).equal(published_positions(height, width)), (height, width)
+
+
+def test_positions_are_those_of_idefics2_but_for_eight_lengths():
+    """Idefics2 multiplies where the published code counts in steps."""
+    boundaries = torch.arange(1 / SIDE, 1.0, 1 / SIDE)
+
+    def idefics2(patches: int) -> Tensor:
+        return torch.bucketize(torch.arange(patches) * (1.0 / torch.tensor(patches)), boundaries, right=True)
+
+    apart = [n for n in range(1, 129) if not axis_buckets(n, SIDE).equal(idefics2(n))]
+    assert apart == [49, 58, 77, 86, 98, 100, 110, 122]
+
+
+def test_rounding_of_the_step_decides_at_the_edge_of_a_bucket():
+    """By hand: in float32 1/25 is 0.0399999991, so the sixth of 25 patches begins below 14/70 = 0.2, in bucket 13."""
+    assert axis_buckets(25, SIDE).tolist()[5] == 13
+    doubled = torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / 25), torch.arange(1 / SIDE, 1.0, 1 / SIDE), right=True)
+    assert doubled.tolist()[5] == 14
 
 
 def test_equals_idefics2_picture_by_picture(tower):

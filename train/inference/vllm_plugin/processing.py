@@ -33,6 +33,7 @@ from train.data.images import load_picture, to_rgb
 from train.data.processor import AUDIO_ENDS, IMAGE_ENDS, PLACE, MegrezOProcessor
 from train.geometry import SAMPLE_RATE, clip_samples
 from train.inference.vllm_plugin import media_io  # noqa: F401  its connector takes effect by being imported
+from train.inference.vllm_plugin.options import refuse_options
 
 PLACEHOLDERS = {"image": "(<image>./</image>)", "audio": "(<audio>./</audio>)"}
 """What the chat template writes for a medium."""
@@ -74,11 +75,12 @@ def _picture(item: Any) -> Any:
 
 
 class ProcessingInfo(BaseProcessingInfo):
-    """What vLLM has to know of the processor. Options of it come by `mm_processor_kwargs`, such as `long_audio`."""
+    """What vLLM has to know of the processor. The server's `--mm-processor-kwargs` set its options."""
 
     def get_hf_processor(self, **kwargs: Any) -> MegrezOProcessor:
-        """The model folder's processor."""
-        return self.ctx.get_hf_processor(MegrezOProcessor, **kwargs)
+        """The model folder's processor; ValueError for options, which only a request can state here."""
+        refuse_options(kwargs)
+        return self.ctx.get_hf_processor(MegrezOProcessor)
 
     def get_data_parser(self) -> MediaParser:
         """The parser of requests' media."""
