@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import FileIO
 from typing import Any
 
@@ -47,6 +47,7 @@ _PAGES = 20_000
 # Named one by one, because libsndfile guesses at headerless formats, and some of FFmpeg's other formats are
 # lists of further files and addresses.
 _SNDFILE_HEADS = re.compile(rb"RIFF|RIFX|RF64|FORM|caff|\.snd|NIST|fLaC|OggS|ID3|\xff[\xe0-\xff]")
+_MPEG_HEADS = re.compile(rb"ID3|\xff|RI")  # a WAV may hold an MP3
 _AV_BOUNDS = {"max_samples": str(_BLOCK)}
 _AV_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,aac,matroska,webm,asf,amr,mp3,wav,ogg,flac"
 
@@ -71,7 +72,7 @@ def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray
     """
     with _reading(source) as file:
         try:
-            with _quiet(), _opened_by_sndfile(file) as sound:
+            with _opened_by_sndfile(file) as sound:
                 rate = sound.samplerate
                 decoded = _decode_by_sndfile(sound, _frames(max_samples, rate))
         except soundfile.LibsndfileError:
@@ -117,7 +118,7 @@ def log_mel(clip: np.ndarray, feature_extractor: WhisperFeatureExtractor) -> Ten
 
 def _stated_seconds(header: Any) -> float | None:
     try:
-        with _quiet(), _opened_by_sndfile(header) as sound:
+        with _opened_by_sndfile(header) as sound:
             return sound.frames / sound.samplerate
     except soundfile.LibsndfileError:
         with _opened_by_av(header) as (container, stream):
@@ -170,7 +171,7 @@ _STDERR = threading.Lock()
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what libmpg123 writes about a damaged MP3, alone or in a WAV: up to fifty times its size."""
+    """Without what libmpg123 writes to stderr about a damaged MP3: up to fifty times its size."""
     with _STDERR:
         kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
         try:
@@ -182,16 +183,21 @@ def _quiet() -> Iterator[None]:
             os.close(nowhere)
 
 
-def _opened_by_sndfile(file: Any) -> soundfile.SoundFile:
+@contextmanager
+def _opened_by_sndfile(file: Any) -> Iterator[soundfile.SoundFile]:
     """The open sound; LibsndfileError if it is in none of the formats that libsndfile is asked to read."""
-    if not _SNDFILE_HEADS.match(head_of(file)):
+    head = head_of(file)
+    if not _SNDFILE_HEADS.match(head):
         raise soundfile.LibsndfileError(1)
     # By its descriptor, libsndfile reads a file itself, without a detour through Python.
-    sound = soundfile.SoundFile(file.fileno() if isinstance(file, FileIO) else file, "r", closefd=False)
-    if sound.samplerate > MAX_RATE:
-        sound.close()
-        raise BadRecord(f"it has {sound.samplerate} samples a second, more than {MAX_RATE}; resample it")
-    return sound
+    opened = file.fileno() if isinstance(file, FileIO) else file
+    with (
+        _quiet() if _MPEG_HEADS.match(head) else nullcontext(),
+        soundfile.SoundFile(opened, "r", closefd=False) as sound,
+    ):
+        if sound.samplerate > MAX_RATE:
+            raise BadRecord(f"it has {sound.samplerate} samples a second, more than {MAX_RATE}; resample it")
+        yield sound
 
 
 def _decode_by_sndfile(sound: soundfile.SoundFile, frames: int) -> np.ndarray:

@@ -3,8 +3,8 @@
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from io import BytesIO
+from contextlib import contextmanager
+from io import BytesIO, FileIO
 from typing import Any, BinaryIO, Literal, cast
 
 from train.errors import BadRecord
@@ -85,14 +85,16 @@ class HeaderReads:
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._reads += 1
-        with suppress(OSError, ValueError):  # a damaged header leads before the beginning
-            self._file.seek(offset, whence)
-        return self._file.tell()
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError):  # a damaged header leads before the beginning
+            return self._file.tell()
 
     def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        self._reads += 1
+        count = 0 if self.is_over else cast(FileIO, self._file).readinto(buffer)
+        self._bytes += count
+        return count
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
