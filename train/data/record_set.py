@@ -1,8 +1,8 @@
 """The records of several sources under one index: checked, measured, decoded."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,22 @@ class RecordSet:
         """The checked record; raises BadRecord."""
         source, row = self.locate(index)
         spec, opened = self.specs[source], self._sources[source]
-        return parse_record(opened[row], root=Path(spec.root), file=spec.path, line=opened.line(row))
+        with self.guarded(index):
+            return parse_record(opened[row], root=Path(spec.root), file=spec.path, line=opened.line(row))
+
+    @contextmanager
+    def guarded(self, index: int) -> Iterator[None]:
+        """Entered around all work on a record: whatever that raises becomes a BadRecord, and costs it alone.
+
+        An OmniTuneError of another kind is not the record's fault, and stays what it is.
+        """
+        try:
+            yield
+        except OmniTuneError:
+            raise
+        except Exception as error:  # such as MemoryError or OverflowError
+            reason = f"{type(error).__name__} {error}".strip()
+            raise BadRecord(f"{self.name_of(index)}: it cannot be used ({reason}); correct or remove it") from error
 
     def note(self, index: int, error: BadRecord) -> BadNote:
         """The quarantine line of a record that cannot be used."""
@@ -130,7 +145,8 @@ class RecordSet:
         for index in map(int, todo):
             try:
                 record = self.record(index)
-                size = self.processor.measure(record, **self._fit)
+                with self.guarded(index):
+                    size = self.processor.measure(record, **self._fit)
             except BadRecord as error:
                 bad.append(self.note(index, error))
             else:
@@ -147,7 +163,8 @@ class RecordSet:
         shortest: dict[tuple[bool, bool], tuple[int, int, Lengths]] = {}
         for index in np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).round().astype(int).tolist():
             try:
-                size = self.processor.measure(self.record(index), **self._fit)
+                with self.guarded(index):
+                    size = self.processor.measure(self.record(index), **self._fit)
             except BadRecord:
                 continue
             mix = size.patches > 0, size.frames > 0
@@ -171,7 +188,7 @@ class RecordSet:
             try:
                 if index in self.given_up:
                     raise BadRecord(self.given_up[index])
-                with watch(index):
+                with watch(index), self.guarded(index):
                     sample = self.processor.encode(self.record(index), **self._fit)
             except BadRecord as error:
                 bad.append(self.note(index, error))

@@ -81,7 +81,8 @@ def _length_cache(options: Options, base: Path) -> LengthCache | None:
     if options.data.cache is None:
         return None
     data = options.data
-    files = sorted(file for file in base.iterdir() if file.suffix in (".json", ".jinja", ".model"))
+    # A pipe would be waited for.
+    files = sorted(file for file in base.iterdir() if file.suffix in (".json", ".jinja", ".model") and file.is_file())
     settings = [digest(files), data.max_tokens, data.too_long, data.long_audio, data.system_prompt]
     return LengthCache(Path(options.data.cache).expanduser() / "lengths", settings)
 

@@ -75,8 +75,9 @@ class _Prompts(Dataset):
         samples, records, kept, bad = [], [], [], []
         for index in items:
             try:
-                record = self.records.record(index)
-                samples.append(self.records.processor.prompt(record))
+                with self.records.guarded(index):
+                    record = self.records.record(index)
+                    samples.append(self.records.processor.prompt(record))
             except BadRecord as error:
                 bad.append(self.records.note(index, error))
             else:
