@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-_SHARED = {"deadline": timedelta(seconds=10), "suppress_health_check": list(HealthCheck)}
+_SHARED = {"deadline": timedelta(seconds=60), "suppress_health_check": list(HealthCheck)}
 settings.register_profile("quick", max_examples=150, derandomize=True, database=None, **_SHARED)
-settings.register_profile("thorough", max_examples=3000, print_blob=True, **_SHARED)
+settings.register_profile("thorough", max_examples=3500, print_blob=True, **_SHARED)
 settings.load_profile("quick")

@@ -2,11 +2,13 @@
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
 )
+
+# Where torchvision is missing, transformers 5.17 and 5.18 put in the place of this name one that refuses to be used.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from train.data.processor import MegrezOImageProcessor, MegrezOProcessor
 from train.modules.megrezo import MegrezO, MegrezOConfig

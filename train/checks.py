@@ -1,12 +1,15 @@
 """Rules between options. All faults are found before anything is loaded, and reported together."""
 
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 
-from train.config import METRICS, MODULES, Engine, Options
+from train.config import METRICS, MODULES, Engine, LoraOptions, Options
 from train.errors import ConfigError
 
 
@@ -28,6 +31,48 @@ _DEEPSPEED_BY_OPTION = {
     "scheduler": "optim",
 }
 """Entries of DeepSpeed's configuration that our options decide, and which."""
+
+
+_COUNT = 10**9
+_RATE = (0, 10)
+
+RANGES: dict[str, tuple[float, float]] = {
+    "data.max_tokens": (16, 10**7),
+    "data.max_patches": (1, _COUNT),
+    "data.max_frames": (1, _COUNT),
+    "data.max_bad_fraction": (0, 1),
+    "data.workers": (0, 256),
+    "data.prefetch": (1, 1000),
+    "data.decode_limit_s": (0.001, 86400),
+    **{f"modules.lr.{name}": _RATE for name in MODULES},
+    "lora.rank": (1, 1024),
+    "lora.alpha": (0.001, 10**5),
+    "lora.dropout": (0, 1),
+    "lora.lr": _RATE,
+    "optim.warmup_ratio": (0, 1),
+    "optim.min_lr_ratio": (0, 1),
+    "optim.eps": (1e-20, 1),
+    "optim.weight_decay": (0, 100),
+    "optim.max_grad_norm": (0, 10**6),
+    "run.seed": (0, 2**32 - 1),
+    "run.epochs": (1, 10**5),
+    "run.max_steps": (1, _COUNT),
+    "run.packs_per_step": (1, 10**5),
+    "run.save_every": (0, _COUNT),
+    "run.keep_last": (0, _COUNT),
+    "run.eval_every": (0, _COUNT),
+    "run.max_not_finite": (0, _COUNT),
+    "run.threads": (0, 512),
+    "eval.max_records": (0, _COUNT),
+    "eval.max_new_tokens": (1, 10**6),
+    "eval.batch_size": (1, 10**4),
+    "debug.profile_steps": (0, 1000),
+}
+"""Least and most of each option that is a number."""
+
+
+_LIGER = "0.8.2"
+"""First version of Liger whose gradients are right for losses that are weighted token by token."""
 
 
 def check(options: Options, world_size: int = 1, environment: Mapping[str, str] | None = None) -> None:
@@ -100,8 +145,7 @@ def _source_faults(options: Options, group: str) -> list[str]:
             faults.append(f"{where}.path: there is no file '{source.path}'")
         if source.root is not None and not Path(source.root).is_dir():
             faults.append(f"{where}.root: there is no folder '{source.root}'")
-        if not source.weight > 0:
-            faults.append(f"{where}.weight is {source.weight}; it must be above 0 (leave the source out)")
+        faults += _range_fault(f"{where}.weight", source.weight, (1e-6, 1000))
         if source.format not in ("auto", "jsonl", "json", "parquet"):
             faults.append(f"{where}.format is '{source.format}'; use auto, jsonl, json or parquet")
     return faults
@@ -126,12 +170,14 @@ def _tuning_faults(options: Options) -> list[str]:
     faults += [
         f"lora.targets.{name}: it is not among lora.modules, so nothing would read it"
         for name in options.lora.targets
-        if name not in adapted
+        if adapted and name not in adapted
     ]
+    if adapted and options.lora.lr == 0:
+        faults.append("lora.lr is 0; adapters need a rate above 0")
     faults += [
         f"modules.lr.{name} is {rate}; a module that is tuned needs a rate above 0"
         for name in tuned
-        if not (rate := getattr(options.modules.lr, name)) > 0
+        if (rate := getattr(options.modules.lr, name)) == 0
     ]
     return faults
 
@@ -139,11 +185,9 @@ def _tuning_faults(options: Options) -> list[str]:
 def _lora_faults(options: Options) -> list[str]:
     lora = options.lora
     if not lora.modules:
-        return [
-            f"lora.{name} is set, but lora.modules is empty, so nothing would read it; set 'lora.modules=[llm]'"
-            for name in ("use_rslora", "use_dora", "load_in_4bit")
-            if getattr(lora, name)
-        ]
+        usual = LoraOptions()
+        changed = {item.name for item in fields(lora) if getattr(lora, item.name) != getattr(usual, item.name)}
+        return idle_lora(options, {f"lora.{name}" for name in changed - {"lr"}})  # model groups propose a rate
     faults = []
     start = lora.init_lora_weights
     if str(start).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
@@ -168,50 +212,33 @@ def _lora_faults(options: Options) -> list[str]:
     return faults
 
 
-def _number_faults(options: Options) -> list[str]:
-    data, run, optim, lora, evaluation = options.data, options.run, options.optim, options.lora, options.eval
-    at_least = {
-        "data.max_tokens": (data.max_tokens, 16),
-        "data.max_patches": (data.max_patches, 1),
-        "data.max_frames": (data.max_frames, 1),
-        "data.workers": (data.workers, 0),
-        "data.prefetch": (data.prefetch, 1),
-        "run.seed": (run.seed, 0),
-        "run.epochs": (run.epochs, 1),
-        "run.max_steps": (1 if run.max_steps is None else run.max_steps, 1),
-        "run.packs_per_step": (run.packs_per_step, 1),
-        "run.save_every": (run.save_every, 0),
-        "run.keep_last": (run.keep_last, 0),
-        "run.max_not_finite": (run.max_not_finite, 0),
-        "run.eval_every": (run.eval_every, 0),
-        "run.threads": (run.threads, 0),
-        "optim.weight_decay": (optim.weight_decay, 0),
-        "optim.max_grad_norm": (optim.max_grad_norm, 0),
-        "lora.rank": (lora.rank, 1),
-        "eval.max_records": (evaluation.max_records, 0),
-        "eval.max_new_tokens": (evaluation.max_new_tokens, 1),
-        "eval.batch_size": (evaluation.batch_size, 1),
-        "debug.profile_steps": (options.debug.profile_steps, 0),
-    }
-    faults = [f"{name} is {value}; the least is {least}" for name, (value, least) in at_least.items() if value < least]
-    shares = {
-        "data.max_bad_fraction": data.max_bad_fraction,
-        "optim.warmup_ratio": optim.warmup_ratio,
-        "optim.min_lr_ratio": optim.min_lr_ratio,
-        "lora.dropout": lora.dropout,
-    }
-    faults += [
-        f"{name} is {value}; it must lie between 0 and 1" for name, value in shares.items() if not 0 <= value <= 1
+def idle_lora(options: Options, given: Collection[str]) -> list[str]:
+    """A fault for each option of adapters among the `given` names where there are none."""
+    return [
+        f"{name} is set, but lora.modules is empty, so all would learn in full; add lora=lora, or leave it out"
+        for name in sorted(given)
+        if not options.lora.modules and name.startswith("lora.") and name != "lora.modules"
     ]
-    if not data.decode_limit_s > 0:
-        faults.append(f"data.decode_limit_s is {data.decode_limit_s}; it must be above 0")
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        faults.append(f"optim.betas is {list(optim.betas)}; both must lie between 0 and 1")
+
+
+def _number_faults(options: Options) -> list[str]:
+    run, betas = options.run, options.optim.betas
+    faults = [
+        fault for name, limits in RANGES.items() for fault in _range_fault(name, attrgetter(name)(options), limits)
+    ]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        faults.append(f"optim.betas is {list(betas)}; it takes two numbers from 0 to below 1")
     if run.keep_best and not options.data.eval:
         faults.append(f"run.keep_best is {run.keep_best}, but data.eval is empty, so nothing is evaluated")
     if run.resume not in ("auto", "never") and not Path(run.resume).is_dir():
         faults.append(f"run.resume: there is no checkpoint folder '{run.resume}'; use auto, never or a folder")
     return faults
+
+
+def _range_fault(name: str, value: float | None, limits: tuple[float, float]) -> list[str]:
+    if value is None or limits[0] <= value <= limits[1]:  # which what is no number (nan) is not
+        return []
+    return [f"{name} is {value}; it must lie between {limits[0]} and {limits[1]}"]
 
 
 def _metric_faults(options: Options) -> list[str]:
@@ -296,6 +323,13 @@ def _liger_faults(options: Options) -> list[str]:
         return []
     if not torch.cuda.is_available():
         return ["run.liger_loss: Liger's kernel needs CUDA, which torch does not see here; leave the option out"]
-    if find_spec("liger_kernel") is None:
-        return ["run.liger_loss: the package liger-kernel is not installed; pip install liger-kernel, or leave it out"]
+    try:
+        found = version("liger-kernel")
+    except PackageNotFoundError:
+        return [f"run.liger_loss: liger-kernel is not installed; pip install 'liger-kernel>={_LIGER}'"]
+    if Version(found) < Version(_LIGER):
+        return [
+            f"run.liger_loss: liger-kernel {found} gives wrong gradients; pip install 'liger-kernel>={_LIGER}', or "
+            "leave the option out"
+        ]
     return []

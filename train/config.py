@@ -76,7 +76,8 @@ class SourceOptions:
     weight: float = 1.0
     """How often an epoch takes each record: 1 = once, 0.5 = a fresh half every epoch, 2 = twice."""
     name: str | None = None
-    """Name in the metrics (`loss/<name>`); null = the file's name without its ending."""
+    """Name in the metrics (`loss/<name>`); null = the file's name without its ending. One that is taken gets a number:
+    `train-2`."""
     format: str = "auto"
     """`auto` (by what stands in the file), `jsonl`, `json` or `parquet`."""
 
@@ -151,7 +152,7 @@ class LoraOptions:
     alpha: float = 32.0
     """Adapters are scaled by alpha / rank, with `use_rslora` by alpha / √rank."""
     dropout: float = 0.05
-    """Dropout probability in front of each adapter."""
+    """Dropout probability in front of each adapter; drawn by pack, so that the number of ranks does not matter."""
     targets: dict[str, list[str]] = field(default_factory=dict)
     """Linear layers to adapt, by module; a module that is not named here takes its family's usual ones."""
     lr: float = 1e-4
@@ -212,7 +213,8 @@ class RunOptions:
     keep_last: int = 2
     """Newest checkpoints kept; 0 = all."""
     keep_best: str = ""
-    """Figure of the evaluation whose best checkpoint is kept too (`eval/loss`, `eval/exact_match`, ...); "" = none."""
+    """Figure of the evaluation (`eval/loss`, `eval/exact_match`, ...) by which the best checkpoint is kept too; "" =
+    none. An evaluation after the first step that is better than all before it saves one."""
     eval_every: int = 500
     """Optimizer steps between evaluations; 0 = only before the first step and after the last."""
     resume: str = "auto"
@@ -224,7 +226,7 @@ class RunOptions:
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in the backward: less memory, a third more work."""
     liger_loss: bool = False
-    """Head and loss by Liger's fused kernel (CUDA, package liger-kernel) in place of the built-in chunks."""
+    """Head and loss by Liger's fused kernel (CUDA, liger-kernel from 0.8.2 on) in place of the built-in chunks."""
     deterministic: bool = False
     """Refuse CUDA operations whose result varies from run to run."""
     threads: int = 0

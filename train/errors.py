@@ -1,5 +1,7 @@
 """The exceptions that are meant for users: each says where, what was found, and what to do."""
 
+from errno import EDQUOT, ENOSPC
+
 
 class OmniTuneError(ValueError):
     """Something the user can put right; shown as its message alone, without a traceback."""
@@ -28,3 +30,13 @@ class CheckpointError(OmniTuneError):
 
 class TrainingError(OmniTuneError):
     """Training that cannot go on, though options, data and checkpoints are in order."""
+
+
+def message_for_user(error: Exception) -> str | None:
+    """What to say of an error that the user can put right; None for any other."""
+    if isinstance(error, OmniTuneError):
+        return str(error)
+    # safetensors' own exception has the system's error in its text alone.
+    if getattr(error, "errno", None) in (ENOSPC, EDQUOT) or f"(os error {ENOSPC})" in str(error):
+        return f"a disk is full ({error}); make room: the same command goes on from the run's newest checkpoint"
+    return None

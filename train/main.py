@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from train.commands.options import register, typed, users_fault  # noqa: E402
@@ -24,7 +25,7 @@ register()
 @told_to_the_launcher(users_fault)
 def main(config: DictConfig) -> None:
     """Train as the options say, and export the result."""
-    options, resolved = typed(config)
+    options, resolved = typed(config, HydraConfig.get().overrides.task)
 
     from train.engine.build import build
     from train.engine.launch import close

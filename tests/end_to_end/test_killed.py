@@ -158,6 +158,21 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(tmp_path: Pa
         subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+@pytest.mark.parametrize("room", ["64k", "256k"])
+def test_a_disk_that_is_full_at_the_start_is_a_message(room: str, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", disk], check=True)
+    try:
+        done = launch([*words(tmp_path, "disk/run", "none"), "run.save_every=0"])
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def test_no_key_is_written_anywhere(tmp_path: Path) -> None:
     secret = "0123456789abcdef0123456789abcdef01234567"
     command = [*words(tmp_path, "run", "none"), "run.max_steps=2", "tracker=wandb"]

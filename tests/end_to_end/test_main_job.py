@@ -181,7 +181,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["run.max_step=3"], "Could not override 'run.max_step'"),
+        (["run.max_step=3"], "there is no option 'run.max_step'; did you mean run.max_steps?"),
+        (["+run.max_step=3"], "there is no option 'run.max_step'; did you mean run.max_steps?"),
+        (["lora.rank=16"], "lora.rank is set, but lora.modules is empty, so all would learn in full; add lora=lora"),
+        (["run.dir=pyproject.toml/run"], "run.dir: 'pyproject.toml/run' cannot be made or written to"),
         (["run.max_steps=many"], "Value 'many' of type 'str' could not be converted to Integer"),
         (["data.train=[{path: missing.jsonl}]"], "data.train[0].path: there is no file 'missing.jsonl'"),
         (["model.path=data/tiny"], "'data/tiny' has no weights (*.safetensors)"),

@@ -23,6 +23,7 @@ from PIL import Image
 from tests.builders import randomize
 from tests.end_to_end import agreement
 from tests.runs import ROOT, SAMPLE, build_here, clean_environment, environment_python, trained_model
+from tests.unit.data.builders import by_av, tone
 from train.commands.main import main
 from train.families import find
 from train.inference.export import copy_side_files
@@ -241,13 +242,20 @@ def chat(capsys: pytest.CaptureFixture[str], model: Path, *words: str | Path) ->
     return whole(capsys.readouterr().out)
 
 
-def test_the_server_says_what_omnitune_chat_says(server: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_server_says_what_omnitune_chat_says(
+    server: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     answer = chat(capsys, model, "--image", PICTURE, "--audio", CLIP, QUESTION)
     assert post(server, [item(PICTURE), item(CLIP), item(QUESTION)]) == (200, answer)
     assert post(server, [item(PICTURE), spoken(CLIP.read_bytes(), "ogg"), item(QUESTION)]) == (200, answer)
 
+    surround = tmp_path / "surround.m4a"
+    surround.write_bytes(by_av(tone(1.0, 48_000, channels=8), 48_000, "mp4", "aac"))
+    heard = chat(capsys, model, "--audio", surround, QUESTION)
+    assert post(server, [spoken(surround.read_bytes(), "m4a"), item(QUESTION)]) == (200, heard)
+
     plain = chat(capsys, model, QUESTION)
-    assert plain != answer
+    assert plain not in (answer, heard)
     assert post(server, [item(QUESTION)]) == post(server, QUESTION) == (200, plain)
 
 
@@ -255,7 +263,7 @@ def test_what_cannot_be_used_is_refused_with_its_reason(server: str) -> None:
     faults = [
         ([item(PICTURE.read_bytes()[:100]), item(QUESTION)], "image file is truncated"),
         ([item(b"no picture"), item(QUESTION)], "cannot identify image file"),
-        ([item(b"RIFF, and no recording"), item(QUESTION)], "corrupted audio data"),
+        ([item(b"RIFF, and no recording"), item(QUESTION)], "is no recording that can be read"),
         ([spoken(clip(0.001), "wav")], "audio of 16 samples is too short to be heard"),
         ([spoken(clip(30.5), "wav")], "audio of 30.5 s is longer than 30 s"),
         ([item(PICTURE)] * 300 + [item(QUESTION)], "maximum context length is 2048 tokens"),

@@ -1,6 +1,11 @@
 """Rules between options: each fault is named with its fix, all of them at once."""
 
+import dataclasses
+import math
+from importlib.metadata import PackageNotFoundError
+from operator import attrgetter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -34,8 +39,8 @@ def test_all_faults_are_reported_together(options: Options) -> None:
     options.optim.warmup_ratio = 2
     assert faults(options) == [
         "data.train[0].path: there is no file 'missing.jsonl'",
-        "run.packs_per_step is 0; the least is 1",
         "optim.warmup_ratio is 2; it must lie between 0 and 1",
+        "run.packs_per_step is 0; it must lie between 1 and 100000",
     ]
 
 
@@ -60,6 +65,11 @@ def test_lora_of_an_unknown_module(options: Options) -> None:
     ("changes", "said"),
     [
         ({"modules": [], "use_dora": True}, "lora.use_dora is set, but lora.modules is empty"),
+        (
+            {"modules": [], "rank": 8},
+            "lora.rank is set, but lora.modules is empty, so all would learn in full; add lora=",
+        ),
+        ({"modules": [], "targets": {"llm": ["q_proj"]}}, "lora.targets is set, but lora.modules is empty"),
         ({"init_lora_weights": "pissa_niter_4"}, "moves part of the base into the adapter"),
         ({"init_lora_weights": False}, "use true, gaussian or orthogonal"),
         ({"init_lora_weights": "orthogonal", "rank": 5}, "needs an even lora.rank, and it is 5"),
@@ -71,6 +81,67 @@ def test_lora_options_that_do_not_fit(options: Options, changes: dict, said: str
     options.lora = LoraOptions(**{"modules": ["llm"], **changes})
     [fault] = faults(options)
     assert said in fault
+
+
+def numbers(kind: type, prefix: str = "") -> list[str]:
+    """Names of all options that hold a number."""
+    found = []
+    for item in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(item.type):
+            found += numbers(item.type, f"{prefix}{item.name}.")
+        elif item.type in (int, float, int | None):
+            found.append(prefix + item.name)
+    return found
+
+
+def put(options: Options, name: str, value: object) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(attrgetter(owner)(options), leaf, value)
+
+
+def test_these_are_numbers() -> None:
+    assert len(numbers(Options)) == 34
+    assert {"lora.alpha", "run.max_steps", "modules.lr.llm", "data.decode_limit_s"} < set(numbers(Options))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e12, -1e-3])
+@pytest.mark.parametrize("name", numbers(Options))
+def test_every_number_is_bounded(name: str, value: float, options: Options) -> None:
+    options.lora.modules = ["llm"]
+    put(options, name, value)
+    [fault] = faults(options)
+    assert fault.startswith(f"{name} is {value}; it must lie between ")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e9, -1.0, 0.0])
+def test_a_sources_weight_is_bounded(value: float, options: Options) -> None:
+    options.data.train[0].weight = value
+    [fault] = faults(options)
+    assert fault.startswith(f"data.train[0].weight is {value}; it must lie between ")
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999), (0.9, 1.0), (math.nan, 0.9), (-0.1, 0.9)])
+def test_two_betas_below_one(betas: tuple[float, ...], options: Options) -> None:
+    options.optim.betas = betas  # type: ignore[assignment]  # what Hydra lets pass
+    [fault] = faults(options)
+    assert fault == f"optim.betas is {list(betas)}; it takes two numbers from 0 to below 1"
+
+
+@pytest.mark.parametrize(("name", "value"), [("run.seed", 2**32), ("run.threads", 100_000), ("lora.rank", 100_000)])
+def test_what_crashed_or_ate_all_memory(name: str, value: int, options: Options) -> None:
+    options.lora.modules = ["llm"]
+    put(options, name, value)
+    assert len(faults(options)) == 1
+
+
+def test_what_learns_needs_a_rate(options: Options) -> None:
+    options.modules.lr.llm = 0
+    assert faults(options) == ["modules.lr.llm is 0; a module that is tuned needs a rate above 0"]
+    options.modules.tune_llm = False
+    check(options)
+    options.modules.tune_llm, options.modules.lr.llm = True, 1e-6
+    options.lora = LoraOptions(modules=["llm"], lr=0)
+    assert faults(options) == ["lora.lr is 0; adapters need a rate above 0"]
 
 
 def test_a_folder_without_weights(options: Options) -> None:
@@ -172,5 +243,24 @@ def test_ligers_kernel_needs_cuda(options: Options, monkeypatch: pytest.MonkeyPa
         "run.liger_loss: Liger's kernel needs CUDA, which torch does not see here; leave the option out"
     ]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("train.checks.find_spec", lambda name: None)
-    assert "pip install liger-kernel" in faults(options)[0]
+    monkeypatch.setattr("train.checks.version", Mock(side_effect=PackageNotFoundError))
+    assert faults(options) == ["run.liger_loss: liger-kernel is not installed; pip install 'liger-kernel>=0.8.2'"]
+
+
+@pytest.mark.parametrize(
+    ("version", "is_old"), [("0.8.1", True), ("0.5.10", True), ("0.8.2", False), ("0.10.0", False)]
+)
+def test_an_old_liger_gives_wrong_gradients(
+    version: str, is_old: bool, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = tmp_path / f"liger_kernel-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: liger_kernel\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    options.run.liger_loss = True
+    if is_old:
+        [fault] = faults(options)
+        assert fault.startswith(f"run.liger_loss: liger-kernel {version} gives wrong gradients")
+    else:
+        check(options)

@@ -1,15 +1,18 @@
 """Options are honest: the schema knows them, something reads them, and every recipe composes."""
 
 import dataclasses
+import errno
 import re
 from pathlib import Path
 
 import pytest
-from hydra.errors import ConfigCompositionException
+import yaml
+from safetensors import SafetensorError
 
 from train.checks import check
-from train.commands.options import RECIPES, compose_options
+from train.commands.options import RECIPES, compose_options, read_options, users_fault
 from train.config import Options
+from train.errors import ConfigError, OmniTuneError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE_NAMES = sorted(file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.glob("**/*.yaml"))
@@ -46,9 +49,92 @@ def test_every_group_composes(word: str) -> None:
     compose_options([word])
 
 
-def test_an_unknown_key_is_an_error() -> None:
-    with pytest.raises(ConfigCompositionException, match=r"Could not override 'run\.max_step'"):
-        compose_options(["run.max_step=3"])
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("run.max_step=3", "there is no option 'run.max_step'; did you mean run.max_steps?"),
+        ("+run.max_step=3", "there is no option 'run.max_step'; did you mean run.max_steps?"),
+        ("++run.max_step=3", "there is no option 'run.max_step'; did you mean run.max_steps?"),
+        ("run.steps=20", "there is no option 'run.steps'; did you mean run.max_steps?"),
+        ("+modules.lr.lm=1", "there is no option 'modules.lr.lm'; did you mean modules.lr.llm?"),
+        ("+lr=1", "there is no option 'lr'; did you mean "),
+        ("+foo=3", "there is no option 'foo'"),
+        ("+run.foo={a: {b: 1}}", "there is no option 'run.foo'"),
+        ("data.train=[{path: a, weigth: 2}]", "there is no option 'weigth' of a source; did you mean weight?"),
+        ("+data.train=[{path: a, weigth: 2}]", "there is no option 'weigth' of a source; did you mean weight?"),
+        ("rum=3", "there is no option 'rum'; did you mean run?"),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_names_the_nearest(word: str, said: str) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  (Hydra's, OmegaConf's or ours: as the user reads it)
+        compose_options([word])
+    fault = str(users_fault(caught.value))
+    assert said in fault
+    assert "+" not in fault.replace(word, "")
+
+
+def test_what_has_free_keys_takes_any() -> None:
+    options, _ = compose_options(["+engine.deepspeed.anything={a: {b: 1}}", "+lora.targets.llm=[q]", "lora=lora"])
+    assert options.engine.deepspeed == {"anything": {"a": {"b": 1}}}
+    assert options.lora.targets == {"llm": ["q"]}
+
+
+@pytest.mark.parametrize("word", ["lora.rank=16", "lora.rank=8", "lora.alpha=32", "++lora.lr=1e-4"])
+def test_an_option_of_lora_without_lora_is_refused(word: str) -> None:
+    """Also where it says what the default is: the user believes that there are adapters."""
+    name = word.lstrip("+").partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{name} is set, but lora.modules is empty.*add lora=lora"):
+        compose_options([word])
+    compose_options([word, "lora=lora"])
+    compose_options([word, "lora.modules=[llm]"])
+
+
+def broken_configs() -> dict[str, bytes]:
+    """Files in the place of a run's config.yaml, by what is wrong with them."""
+    laughs = ["a0: &a0 [lol]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    return {
+        "aliases": "\n".join(laughs).encode(),
+        "bytes": b"run: \xff\xfe",
+        "yaml": b"run: [",
+        "list": b"- run",
+        "nothing": b"",
+        "depth": b"[" * 200_000,
+        "object": b"run: !!python/object/apply:os.getcwd []",
+        "unknown": b"run: {max_step: 3}",
+        "value": b"run: {max_steps: many}",
+        "size": b"#" * 2_000_000,
+    }
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("what", broken_configs())
+def test_a_broken_config_of_a_run_is_named(what: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(broken_configs()[what])
+    with pytest.raises(OmniTuneError, match=re.escape(f"'{file}'")):
+        read_options(file)
+
+
+def test_a_runs_config_is_read_as_it_was_written(tmp_path: Path) -> None:
+    options, resolved = compose_options(["+recipe=lora", "data=sample", "run.name='München'"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    assert read_options(file) == options
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "run/metrics.jsonl"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_a_message(error: Exception) -> None:
+    said = str(users_fault(error))
+    assert str(error) in said
+    assert "make room" in said
+    assert users_fault(OSError(errno.EIO, "Input/output error")) is None
 
 
 @pytest.mark.parametrize("option", leaves(Options))

@@ -11,7 +11,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's words."""
     parser.add_argument("model", type=Path, help="model folder, such as a run's export/")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = all of this machine's")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--port", type=_port, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="also a public link, through Gradio's servers")
     parser.add_argument("--system", help="system turn in place of the model's own")
     generation_arguments(parser)
@@ -31,3 +31,9 @@ def run(chosen: argparse.Namespace) -> None:
     serve(
         page(chat, title=f"OmniTune: {chosen.model}", **options), host=chosen.host, port=chosen.port, share=chosen.share
     )
+
+
+def _port(word: str) -> int:
+    if not (word.isascii() and word.isdecimal() and 0 < int(word) < 2**16):
+        raise argparse.ArgumentTypeError(f"{word} is no port; they go from 1 to 65535")
+    return int(word)

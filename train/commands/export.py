@@ -51,19 +51,16 @@ def run(chosen: argparse.Namespace) -> None:
 
 
 def _export(chosen: argparse.Namespace, out: Path | None) -> None:
-    from omegaconf import OmegaConf
-
-    from train.config import Options
+    from train.commands.options import read_options
     from train.engine.build import RANDOM_MODEL, export_checkpoint
-    from train.engine.checkpoint import MANIFEST
+    from train.engine.checkpoint import newest_whole
 
-    checkpoint = _newest(chosen.checkpoint, MANIFEST)
+    checkpoint = newest_whole(chosen.checkpoint)
     folder = checkpoint.parent.parent
     config = folder / "config.yaml"
     if not config.is_file():
         raise CheckpointError(f"'{folder}' has no config.yaml, so '{checkpoint}' is not a checkpoint of a run")
-    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.load(config)))
-    assert isinstance(options, Options)
+    options = read_options(config)
     options.run.export_with_code |= chosen.with_code
     base = Path(options.model.path) if options.model.path else folder / RANDOM_MODEL
     out = out or folder / "export"
@@ -94,12 +91,3 @@ def _records(options: "Options", base: Path, data: Path | None, root: Path | Non
                 f"the export is checked by records, and there is no file '{source.path}'; name one with --data"
             )
     return open_records(options, sources, load_processor(options, find(base), base))
-
-
-def _newest(folder: Path, marker: str) -> Path:
-    if (folder / marker).is_file():
-        return folder
-    found = sorted(path.parent for path in folder.glob(f"checkpoints/step-*/{marker}"))
-    if not found:
-        raise CheckpointError(f"'{folder}' is neither a complete checkpoint nor a run's folder that holds one")
-    return found[-1]

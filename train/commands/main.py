@@ -5,7 +5,7 @@ import sys
 from types import ModuleType
 
 from train.commands import chat, demo, evaluate, export
-from train.errors import OmniTuneError
+from train.errors import message_for_user
 from train.families.family import quieten_transformers
 from train.launcher.failure import told_to_the_launcher
 
@@ -30,7 +30,7 @@ def main(words: list[str] | None = None) -> None:
     # Intermixed, so that a question may stand behind --image and --audio.
     chosen = parser.parse_intermixed_args(words[1:])
     quieten_transformers()
-    with told_to_the_launcher(lambda error: str(error) if isinstance(error, OmniTuneError) else None):
+    with told_to_the_launcher(message_for_user):
         COMMANDS[name].run(chosen)
 
 

@@ -1,20 +1,39 @@
 """Hydra: the schema, the recipes, and the way from command-line words to typed options."""
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from train.config import Options
-from train.errors import OmniTuneError
+from train.checks import idle_lora
+from train.config import Options, SourceOptions
+from train.errors import ConfigError, OmniTuneError, message_for_user
 
 _HERE = Path(__file__).resolve()
 CONFIGS = _HERE.parents[1] / "configs"
 RECIPES = _HERE.parents[2] / "recipes"
+
+_LARGEST, _DEEPEST = 2**18, 50
+"""Bytes and levels that a run's config.yaml may have."""
+
+_OPENING = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
+_NEAR = 0.6
+"""How alike two names are, from 0 to 1, for the one to be meant by the other."""
 
 
 def register() -> None:
@@ -26,12 +45,20 @@ def register() -> None:
         store.store(group="recipe", name=name, package="_global_", node=OmegaConf.load(file))
 
 
-def typed(config: DictConfig) -> tuple[Options, dict[str, Any]]:
-    """The composed options as dataclasses, and as plain values."""
-    options = OmegaConf.to_object(config)
-    assert isinstance(options, Options)
+def typed(config: DictConfig, words: Iterable[str]) -> tuple[Options, dict[str, Any]]:
+    """The composed options as dataclasses, and as plain values.
+
+    words: the command line's overrides. Raises ConfigError where they hold a key that nothing would read.
+    """
     resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(resolved, dict)
+    faults = [_no_such_option(name) for name in _unknown(resolved, Options)]
+    if faults:
+        raise ConfigError(faults)
+    options = OmegaConf.to_object(config)
+    assert isinstance(options, Options)
+    if faults := idle_lora(options, {word.lstrip("+").partition("=")[0] for word in words}):
+        raise ConfigError(faults)
     return options, {str(name): value for name, value in resolved.items()}
 
 
@@ -39,13 +66,73 @@ def compose_options(overrides: list[str]) -> tuple[Options, dict[str, Any]]:
     """The options that the same words would give on training's command line."""
     register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return typed(compose("config", overrides=overrides))
+        return typed(compose("config", overrides=overrides), overrides)
+
+
+def read_options(file: Path) -> Options:
+    """The options of a run, from its config.yaml. Raises OmniTuneError where that is not what a run wrote."""
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise ValueError(f"it is larger than {_LARGEST} bytes")
+        text = file.read_text(encoding="utf-8")
+        _check_bounded(text)
+        config = OmegaConf.merge(OmegaConf.structured(Options), yaml.safe_load(text))
+        options = OmegaConf.to_object(config)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise OmniTuneError(f"'{file}' does not hold the options of a run: {error}") from None
+    assert isinstance(options, Options)
+    return options
+
+
+def _check_bounded(text: str) -> None:
+    """Raise ValueError where reading a YAML text could take for ever: no run writes aliases or deep nesting."""
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            raise ValueError("it has aliases (*name)")
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
 
 
 def users_fault(error: Exception) -> str | None:
     """What to say of an error that the user can put right; None for any other."""
-    if isinstance(error, OmniTuneError):
-        return str(error)
+    if fault := message_for_user(error):
+        return fault
+    cause = error.__cause__ or error
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.object_type is not None:
+        return _no_such_option(str(cause.full_key), cause.object_type)
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return "\n".join(str(part) for part in (error, error.__cause__) if part)
     return None
+
+
+def _unknown(values: Mapping[Any, Any], kind: Any, prefix: str = "") -> Iterator[str]:
+    """The keys that a group of options does not have; Hydra lets a "+" add any."""
+    known = {item.name: item.type for item in fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            yield f"{prefix}{key}"
+        elif is_dataclass(known[key]):
+            yield from _unknown(value, known[key], f"{prefix}{key}.")
+
+
+def _no_such_option(name: str, kind: Any = Options) -> str:
+    """A message that names the nearest option, by the whole name or its last part."""
+    what = " of a source" if kind is SourceOptions else ""
+    kind = kind if what else Options
+
+    def nearness(known: str) -> float:
+        pairs = (name, known), (name.rpartition(".")[2], known.rpartition(".")[2])
+        return max(SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    nearest = max(_names(kind), key=nearness)
+    advice = f"did you mean {nearest}?" if nearness(nearest) > _NEAR else "train/config.py lists them all"
+    return f"there is no option '{name}'{what}; {advice}"
+
+
+def _names(kind: Any, prefix: str = "") -> Iterator[str]:
+    for item in fields(kind):
+        yield f"{prefix}{item.name}"
+        if is_dataclass(item.type):
+            yield from _names(item.type, f"{prefix}{item.name}.")

@@ -4,9 +4,11 @@ Soundfile decodes and soxr resamples everywhere, so that features do not differ 
 what soundfile cannot, such as M4A.
 """
 
+import os
 import re
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from io import FileIO
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
-from train.data.media import head_of, reading
+from train.data.media import head_of, header_of, reading
 from train.errors import BadRecord
 from train.geometry import HOP, SAMPLE_RATE, clip_samples, mel_frames
 from train.schema import MediaSource
@@ -27,28 +29,36 @@ MAX_RATE = 384_000
 MAX_PEAK = 2.0**31
 """Loudest sample that is taken, full scale being 1: float files in the scale of integers pass, garbage does not."""
 
+MAX_SECONDS = 1e7
+"""Longest recording that a header may state: 116 days. Formats that know no length state much more."""
+
 _BLOCK = 2**20
-"""Values that are decoded at a time, all channels together."""
+"""Values that libsndfile decodes at a time, all channels together; samples of a channel that FFmpeg does."""
+
+_PACKET = 2**26
+"""Largest packet in bytes that FFmpeg decodes: a few seconds of many channels fit."""
+
+_CHANNELS = 64
+"""Most channels that FFmpeg converts."""
+
+_PAGES = 20_000
+"""Pages of an Ogg file that are looked at: more than 30 s of sound."""
 
 # Named one by one, because libsndfile guesses at headerless formats, and some of FFmpeg's other formats are
 # lists of further files and addresses.
 _SNDFILE_HEADS = re.compile(rb"RIFF|RIFX|RF64|FORM|caff|\.snd|NIST|fLaC|OggS|ID3|\xff[\xe0-\xff]")
+_MPEG_HEADS = re.compile(rb"ID3|\xff|RI")  # a WAV may hold an MP3
+_AV_BOUNDS = {"max_samples": str(_BLOCK)}
 _AV_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,aac,matroska,webm,asf,amr,mp3,wav,ogg,flac"
 
 
 def clip_length(source: MediaSource) -> int:
     """Samples at 16 kHz of a recording, from its header; BadRecord if it cannot be read."""
-    with _reading(source) as file:
-        try:
-            with _opened_by_sndfile(file) as sound:
-                return clip_samples(sound.frames / sound.samplerate)
-        except soundfile.LibsndfileError:
-            with _opened_by_av(file) as (container, stream):
-                if stream.duration is not None:
-                    return clip_samples(float(stream.duration * stream.time_base))
-                if container.duration is None:
-                    raise BadRecord("its header gives no duration; convert it to WAV or FLAC") from None
-                return clip_samples(container.duration / 1e6)
+    with _reading(source) as file, header_of(file) as header:
+        seconds = _stated_seconds(header)
+        if seconds is None or not 0 <= seconds < MAX_SECONDS:
+            raise BadRecord("its header states no length; convert it to WAV, or to FLAC in a file")
+        return clip_samples(seconds)
 
 
 def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray:
@@ -106,6 +116,17 @@ def log_mel(clip: np.ndarray, feature_extractor: WhisperFeatureExtractor) -> Ten
     return torch.from_numpy(features["input_features"][0, :, : mel_frames(len(clip))].copy())
 
 
+def _stated_seconds(header: Any) -> float | None:
+    try:
+        with _opened_by_sndfile(header) as sound:
+            return sound.frames / sound.samplerate
+    except soundfile.LibsndfileError:
+        with _opened_by_av(header) as (container, stream):
+            if stream.duration is not None:
+                return float(stream.duration * stream.time_base)
+            return None if container.duration is None else container.duration / 1e6
+
+
 def _by_soxr(clip: np.ndarray, rate: int) -> np.ndarray:
     try:
         import soxr
@@ -122,20 +143,61 @@ def _frames(max_samples: int | None, rate: int) -> int:
     return -1 if max_samples is None else int((max_samples / SAMPLE_RATE + 0.5) * rate)
 
 
-def _reading(source: MediaSource) -> AbstractContextManager[Any]:
-    return reading("audio", source, "replace it by a valid WAV or FLAC", buffering=0)
+@contextmanager
+def _reading(source: MediaSource) -> Iterator[Any]:
+    with reading("audio", source, "replace it by a valid WAV or FLAC", buffering=0) as file:
+        if head_of(file, 4) == b"OggS":
+            _check_one_link(file)
+        yield file
 
 
-def _opened_by_sndfile(file: Any) -> soundfile.SoundFile:
+def _check_one_link(file: Any) -> None:
+    """BadRecord if an Ogg file is several, end to end: libsndfile reads the first and says nothing of the others."""
+    is_begun = False
+    for _ in range(_PAGES):
+        page = file.read(27)
+        if len(page) < 27 or page[:4] != b"OggS":
+            break
+        is_first = bool(page[5] & 2)  # of its stream; streams that run side by side all begin before the rest
+        if is_first and is_begun:
+            raise BadRecord("it is several Ogg files end to end, and only the first would be heard; encode it anew")
+        is_begun = not is_first
+        file.seek(sum(file.read(page[26])), os.SEEK_CUR)
+    file.seek(0)
+
+
+_STDERR = threading.Lock()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what libmpg123 writes to stderr about a damaged MP3: up to fifty times its size."""
+    with _STDERR:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
+
+
+@contextmanager
+def _opened_by_sndfile(file: Any) -> Iterator[soundfile.SoundFile]:
     """The open sound; LibsndfileError if it is in none of the formats that libsndfile is asked to read."""
-    if not _SNDFILE_HEADS.match(head_of(file)):
+    head = head_of(file)
+    if not _SNDFILE_HEADS.match(head):
         raise soundfile.LibsndfileError(1)
     # By its descriptor, libsndfile reads a file itself, without a detour through Python.
-    sound = soundfile.SoundFile(file.fileno() if isinstance(file, FileIO) else file, "r", closefd=False)
-    if sound.samplerate > MAX_RATE:
-        sound.close()
-        raise BadRecord(f"it has {sound.samplerate} samples a second, more than {MAX_RATE}; resample it")
-    return sound
+    opened = file.fileno() if isinstance(file, FileIO) else file
+    with (
+        _quiet() if _MPEG_HEADS.match(head) else nullcontext(),
+        soundfile.SoundFile(opened, "r", closefd=False) as sound,
+    ):
+        if sound.samplerate > MAX_RATE:
+            raise BadRecord(f"it has {sound.samplerate} samples a second, more than {MAX_RATE}; resample it")
+        yield sound
 
 
 def _decode_by_sndfile(sound: soundfile.SoundFile, frames: int) -> np.ndarray:
@@ -162,12 +224,15 @@ def _opened_by_av(file: Any) -> Iterator[tuple[Any, Any]]:
     av = _av()
     head = head_of(file)
     try:
-        with av.open(file, options={"format_whitelist": _AV_FORMATS}) as container:
+        with av.open(file, options={"format_whitelist": _AV_FORMATS} | _AV_BOUNDS) as container:
             if not container.streams.audio:
                 raise BadRecord("it has no sound; replace it")
             stream = container.streams.audio[0]
             if stream.rate > MAX_RATE:
                 raise BadRecord(f"it has {stream.rate} samples a second, more than {MAX_RATE}; resample it")
+            if stream.codec_context.channels > _CHANNELS:
+                raise BadRecord(f"it has {stream.codec_context.channels} channels; convert it to WAV or FLAC")
+            stream.codec_context.options = _AV_BOUNDS
             yield container, stream
     except av.FFmpegError as error:
         raise BadRecord(
@@ -179,13 +244,17 @@ def _opened_by_av(file: Any) -> Iterator[tuple[Any, Any]]:
 def _decode_by_av(file: Any, max_samples: int | None) -> tuple[np.ndarray, int]:
     """Mono samples, float32, and their rate."""
     with _opened_by_av(file) as (container, stream):
-        to_planes = _av().AudioResampler(format="fltp")
+        # Not planes: PyAV reads those from the eighth on out of memory that is not theirs.
+        to_packed = _av().AudioResampler(format="flt")
         rate, limit = stream.rate, _frames(max_samples, stream.rate)
         pieces, total = [], 0
-        for frame in container.decode(stream):
-            for planes in to_planes.resample(frame):
-                pieces.append(planes.to_ndarray().mean(axis=0))
-                total += planes.samples
+        for packet in container.demux(stream):
+            if packet.size > _PACKET:
+                raise BadRecord(f"a packet of it has {packet.size} bytes, more than {_PACKET}; convert it to WAV")
+            for frame in packet.decode():
+                for packed in to_packed.resample(frame):
+                    pieces.append(packed.to_ndarray().reshape(packed.samples, -1).mean(axis=1))
+                    total += packed.samples
             if 0 <= limit <= total:
                 break
     decoded = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)

@@ -1,22 +1,34 @@
 """Pictures: their size from the header, their pixels, and the patches that the vision tower sees."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from train.data.media import HeaderReads, head_of, reading
+from train.data.media import head_of, header_of, reading
 from train.errors import BadRecord
 from train.geometry import PictureLayout, picture_layout
 from train.schema import MediaSource
 
 MAX_PIXELS = 2**26
-"""Largest picture that is decoded (67 megapixels, 200 MB as RGB)."""
+"""Largest picture that is decoded: 67 megapixels, 256 MiB as RGB in Pillow."""
+
+MAX_WEBP_PIXELS = 2**25
+"""Largest WebP picture that is decoded: its decoder holds two more copies of it."""
+
+MAX_SIDE = 2**16 - 1
+"""Longest side of a picture that is decoded: resizing takes memory for each pixel of a side."""
+
+_MAX_TILE_PIXELS = 2**22
+"""Largest tile of a TIFF: its decoder holds a whole one, whatever the size of the picture."""
+
+_STRIP_PIXELS = 2**20
+"""Pixels that are converted at a time."""
 
 # Named one by one, because some of Pillow's other formats run external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -65,13 +77,22 @@ def load_picture(source: MediaSource) -> Image.Image:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """A picture of any mode as 8-bit RGB, transparency laid on white."""
-    if picture.mode.startswith("I"):
-        deep = np.asarray(picture).clip(0, 2**16 - 1)
+    if not picture.mode.startswith("I") and not picture.has_transparency_data:
+        return picture.convert("RGB")
+    made = Image.new("RGB", picture.size)
+    rows = max(_STRIP_PIXELS // picture.width, 1)
+    for top in range(0, picture.height, rows):  # the steps between would each take as much as the picture
+        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        made.paste(_strip_to_rgb(strip), (0, top))
+    return made
+
+
+def _strip_to_rgb(strip: Image.Image) -> Image.Image:
+    if strip.mode.startswith("I"):
+        deep = np.asarray(strip).clip(0, 2**16 - 1)
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return picture.convert("RGB")
+    layer = strip.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def slices_of(picture: Image.Image, settings: SliceSettings) -> tuple[Tensor, Tensor]:
@@ -108,19 +129,33 @@ def _patches(picture: Image.Image, size: tuple[int, int], grid: tuple[int, int],
 @contextmanager
 def _opened(source: MediaSource, header_only: bool = False) -> Iterator[Image.Image]:
     """The picture, its header read and its size checked; whatever goes wrong with it becomes a BadRecord."""
-    with reading("image", source, "replace it by a valid JPEG or PNG") as file:
+    with (
+        reading("image", source, "replace it by a valid JPEG or PNG") as file,
+        header_of(file) if header_only else nullcontext(file) as opened,
+    ):
         try:
-            with Image.open(HeaderReads(file) if header_only else file, formats=_FORMATS) as picture:
-                width, height = picture.size
-                if width * height > MAX_PIXELS:
-                    raise BadRecord(
-                        f"it has {width}x{height} pixels, more than the {MAX_PIXELS} allowed; scale it down"
-                    )
+            with Image.open(opened, formats=_FORMATS) as picture:
+                _check_size(picture)
                 yield picture
         except UnidentifiedImageError:
             raise BadRecord(
                 f"it begins with {head_of(file)!r}, which is no intact {', '.join(_FORMATS)}; replace it"
             ) from None
+
+
+def _check_size(picture: Image.Image) -> None:
+    """Raise BadRecord where decoding could take more than some hundred MiB."""
+    width, height = picture.size
+    most = MAX_WEBP_PIXELS if picture.format == "WEBP" else MAX_PIXELS
+    if width * height > most:
+        raise BadRecord(f"it has {width}x{height} pixels, more than the {most} allowed; scale it down")
+    if max(width, height) > MAX_SIDE:
+        raise BadRecord(f"it has {width}x{height} pixels, and a side may have {MAX_SIDE}; cut it into several")
+    if picture.format == "TIFF":
+        tags = picture.tag_v2  # type: ignore[attr-defined]
+        tile = tags.get(TiffImagePlugin.TILEWIDTH, 0), tags.get(TiffImagePlugin.TILELENGTH, 0)
+        if tile[0] * tile[1] > _MAX_TILE_PIXELS:
+            raise BadRecord(f"its tiles have {tile[0]}x{tile[1]} pixels, more than {_MAX_TILE_PIXELS}; save it anew")
 
 
 def _orientation(picture: Image.Image) -> int:

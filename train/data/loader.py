@@ -53,6 +53,12 @@ class StepPlan:
         self._planned: tuple[int, list[list[int]]] = (-1, [])
         if not any(len(records) for records in measured.by_source()):
             raise OmniTuneError("no usable record is left in data.train; quarantine.jsonl says why")
+        for source, (records, weight) in enumerate(zip(measured.by_source(), weights, strict=True)):
+            if len(records) and not round(weight * len(records)):
+                raise OmniTuneError(
+                    f"data.train[{source}].weight is {weight}, so that an epoch takes none of its {len(records)} "
+                    "records; raise it, or leave the source out"
+                )
 
     def digest(self) -> str:
         """A short hash of all that the order of steps depends on."""

@@ -4,7 +4,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
+from io import BytesIO, FileIO
 from typing import Any, BinaryIO, Literal, cast
 
 from train.errors import BadRecord
@@ -18,7 +18,8 @@ MAX_BYTES: dict[MediumKind, int] = {"image": 2**28, "audio": 2**30}
 
 _HEADER_READS = 20_000
 _HEADER_BYTES = 2**24
-"""How far a header is read: colour profiles and embedded previews fit, a chain of a million chunks does not."""
+"""How often a header is read or searched, and how far: colour profiles and embedded previews fit, a chain of a million
+chunks does not."""
 
 
 @contextmanager
@@ -50,23 +51,50 @@ def head_of(file: BinaryIO, size: int = 12) -> bytes:
     return head
 
 
-class HeaderReads:
-    """A file for reading a header: it refuses to go on where no header goes that far.
+@contextmanager
+def header_of(file: BinaryIO) -> Iterator["HeaderReads"]:
+    """The file for reading its header alone; BadRecord if the header goes on for too long.
 
-    Headers are read in the main process, where nobody watches. Some decoders take quadratic time over them.
+    Some decoders take quadratic time over a header, or search a whole file for one.
     """
+    header = HeaderReads(file)
+    try:
+        yield header
+    finally:
+        if header.is_over:
+            raise BadRecord("its header does not end; save it again without metadata") from None
+
+
+class HeaderReads:
+    """A file that ends where no header goes that far. It raises nothing: decoders in C could not pass that on."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._reads, self._bytes = file, 0, 0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether more was asked for than a header may hold."""
+        return self._reads > _HEADER_READS or self._bytes > _HEADER_BYTES
+
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
         self._reads += 1
+        data = b"" if self.is_over else self._file.read(min(size, _HEADER_BYTES + 1))
         if size >= 0:  # who takes the whole file at once does so only once
             self._bytes += len(data)
-        if self._reads > _HEADER_READS or self._bytes > _HEADER_BYTES:
-            raise BadRecord("its header does not end; save it again without metadata")
         return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._reads += 1
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError):  # a damaged header leads before the beginning
+            return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        self._reads += 1
+        count = 0 if self.is_over else cast(FileIO, self._file).readinto(buffer)
+        self._bytes += count
+        return count
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

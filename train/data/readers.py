@@ -6,11 +6,11 @@ memory does not grow with them beyond 24 bytes a record.
 
 import json
 import os
-import re
 import reprlib
 import stat
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,14 +21,16 @@ from train.errors import BadRecord, OmniTuneError
 MAX_LINE_BYTES = 64 * 2**20
 """Longest record that is parsed: pictures embedded as base64 fit, a file without line ends does not."""
 
-MAX_LIST_BYTES = 2 * 2**30
-"""Largest JSON list: it is read as a whole to find its records. JSON lines have no such limit."""
+MAX_VALUES = 2**21
+"""Most values in a record, about: as objects of Python they take thirty times the memory of their text."""
 
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 2**22
-_SPACE = re.compile(r"[ \t\r\n]*")
 _IS_INK = ~np.isin(np.arange(256), list(b" \t\r\n"))
 """Which bytes make a line one that is not blank."""
+_IS_MARK = np.isin(np.arange(256), list(b'"[]{},'))
+_STEP = np.zeros(256, np.int8)
+_STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 
 
 class Source(ABC):
@@ -78,7 +80,10 @@ class _Json(Source):
             limit = MAX_LINE_BYTES // 2**20
             raise self._bad(index, f"the record has {end - begin} bytes, more than {limit} MiB; keep media in files")
         try:
-            text = self._read(begin, end).decode("utf-8")
+            data = self._read(begin, end)
+            if len(data) > MAX_VALUES and sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+                raise self._bad(index, f"the record has over {MAX_VALUES} values; keep media in files")
+            text = data.decode("utf-8")
             value = _DECODER.decode(text.removeprefix("\ufeff"))  # files that were joined have marks inside
         except OSError as error:
             raise self._bad(index, f"it cannot be read ({error.strerror}); check the disk") from None
@@ -117,14 +122,9 @@ class JsonList(_Json):
     """One JSON list of objects."""
 
     def __init__(self, path: Path):
-        if (size := path.stat().st_size) > MAX_LIST_BYTES:
-            raise OmniTuneError(
-                f"{path}: a JSON list of {size} bytes, more than {MAX_LIST_BYTES // 2**30} GiB; "
-                "write one record a line, which may be of any size"
-            )
         try:
             super().__init__(path, _index_list(path))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise OmniTuneError(
                 f"{path}: it is not a valid JSON list ({error}); "
                 "correct it, or write one record a line, where a bad one costs only itself"
@@ -211,16 +211,44 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_
 
 def _index_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Byte spans, int64 (n, 2), and numbers from 1, int64 (n,), of the lines that are not blank."""
+    lines, _ = _pieces(path, lambda chunk: np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
+    return lines[:, :2].copy(), lines[:, 2].copy()
+
+
+def _index_list(path: Path) -> np.ndarray:
+    """Byte spans of a list's items, int64 (n, 2); ValueError if brackets and commas do not make a list of them."""
+    cuts = _ListCuts()
+    pieces, count = _pieces(path, cuts)
+    items, numbers = pieces[:, :2].copy(), pieces[:, 2] - 1  # the first piece stands before the list, the last behind
+    if cuts.first != "[" or 0 in numbers:
+        with path.open("rb") as file:
+            first = file.read(_CHUNK).removeprefix(_BOM).lstrip()[:1].decode("latin-1")
+        raise ValueError(f"it begins with {first!r}, not with '['")
+    if cuts.ends != 1 or count - 1 in numbers:
+        raise ValueError(f"item {cuts.items} is not followed by ',' or by the final ']'")
+    if len(items) < cuts.items and cuts.items > 1:
+        missing = np.setdiff1d(np.arange(1, cuts.items + 1), numbers)[0]
+        raise ValueError(f"item {missing}: nothing stands there")
+    return items
+
+
+def _pieces(path: Path, cuts_of: Callable[[bytes], np.ndarray]) -> tuple[np.ndarray, int]:
+    """What stands between cuts: begin, end and number from 1 of each piece that is not blank, int64 (n, 3), and how
+    many there are, blank ones among them.
+
+    cuts_of: the indices of the separators in the chunk that comes next.
+    """
     found = [np.empty((0, 3), np.int64)]
     with path.open("rb") as file:
         begin = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
         file.seek(begin)
         offset, number, inked = begin, 1, False
         while chunk := file.read(_CHUNK):
-            data = np.frombuffer(chunk, np.uint8)
-            ends = np.flatnonzero(data == ord("\n"))
-            # One value for each line, the last for what the chunk begins of the next one.
-            ink = np.logical_or.reduceat(np.append(_IS_INK[data], False), np.append(0, ends + 1))
+            ends = cuts_of(chunk)
+            # One value for each piece, the last for what the chunk begins of the next one.
+            is_ink = np.append(_IS_INK[np.frombuffer(chunk, np.uint8)], False)
+            is_ink[ends] = False
+            ink = np.logical_or.reduceat(is_ink, np.append(0, ends + 1))
             ink[0] |= inked
             kept = np.flatnonzero(ink[:-1])
             begins = np.append(begin, ends + 1 + offset)
@@ -229,37 +257,41 @@ def _index_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
             offset += len(chunk)
     if inked:
         found.append(np.array([[begin, offset, number]]))
-    table = np.concatenate(found)
-    return table[:, :2].copy(), table[:, 2].copy()
+    return np.concatenate(found), number
 
 
-def _index_list(path: Path) -> np.ndarray:
-    """Byte spans of a list's items, int64 (n, 2); ValueError or RecursionError if it is not a list."""
-    # As Latin-1 each byte is a character; those of other alphabets stand only inside strings.
-    text = path.read_bytes().removeprefix(_BOM).decode("latin-1")
-    shift = path.stat().st_size - len(text)
-    decoder = json.JSONDecoder(strict=False, parse_int=float)  # what an item holds is checked when it is read
-    spans: list[tuple[int, int]] = []
-    at = _after_space(text, 0)
-    if text[at : at + 1] != "[":
-        raise ValueError(f"it begins with {text[at : at + 1]!r}, not with '['")
-    at = _after_space(text, at + 1)
-    while text[at : at + 1] != "]" or spans:
-        try:
-            _, end = decoder.raw_decode(text, at)
-        except ValueError as error:
-            raise ValueError(f"item {len(spans) + 1}: {error}") from None
-        spans.append((at + shift, end + shift))
-        at = _after_space(text, end)
-        if text[at : at + 1] != ",":
-            break
-        at = _after_space(text, at + 1)
-    if text[at : at + 1] != "]" or _after_space(text, at + 1) < len(text):
-        raise ValueError(f"item {len(spans)} is not followed by ',' or by the final ']'")
-    return np.array(spans, np.int64).reshape(-1, 2)
+class _ListCuts:
+    """Finds a list's opening bracket, the commas between its items, and its closing bracket, chunk by chunk.
 
+    Nothing is parsed, so that an item costs no memory, and a broken one only itself.
+    """
 
-def _after_space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    assert found
-    return found.end()
+    def __init__(self) -> None:
+        self.first, self.items, self.ends = "", 0, 0
+        """The first bracket, the items up to the first end, and how often the outermost bracket is closed."""
+        self._depth, self._in_string, self._is_escaped = 0, False, False
+
+    def __call__(self, chunk: bytes) -> np.ndarray:
+        if self._is_escaped:
+            chunk = b" " + chunk[1:]
+        plain = chunk.replace(rb"\\", b"  ").replace(rb"\"", b"  ")
+        self._is_escaped = plain.endswith(b"\\")
+        data = np.frombuffer(plain, np.uint8)
+        at = np.flatnonzero(_IS_MARK[data])
+        is_quote = data[at] == ord('"')
+        in_string = (np.cumsum(is_quote) + self._in_string) % 2 == 1
+        self._in_string = bool(in_string[-1]) if len(at) else self._in_string
+        at = at[~in_string & ~is_quote]
+        steps = _STEP[data[at]]
+        depths = np.cumsum(steps, dtype=np.int64) + self._depth
+        self._depth = int(depths[-1]) if len(at) else self._depth
+        is_end = (depths == 0) & (steps < 0)
+        is_cut = ((depths == 1) & (steps >= 0)) | is_end
+        at, is_end = at[is_cut], is_end[is_cut]
+        if len(at):
+            self.first = self.first or chr(data[at[0]])
+        if not self.ends:
+            before_end = np.cumsum(is_end) == 0
+            self.items += int(before_end.sum())
+        self.ends += int(is_end.sum())
+        return at

@@ -109,7 +109,8 @@ class RecordSet:
         """The checked record; raises BadRecord."""
         source, row = self.locate(index)
         spec, opened = self.specs[source], self._sources[source]
-        return parse_record(opened[row], root=Path(spec.root), file=spec.path, line=opened.line(row))
+        with self.guarded(index):
+            return parse_record(opened[row], root=Path(spec.root), file=spec.path, line=opened.line(row))
 
     @contextmanager
     def guarded(self, index: int) -> Iterator[None]:

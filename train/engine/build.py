@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -23,6 +24,7 @@ from train.engine.agreement import check_folder
 from train.engine.build_data import limits_of, load_processor, make_evaluator, read_data
 from train.engine.checkpoint import Checkpoints, read_state, trained_weights
 from train.engine.environment import write_environment
+from train.engine.evaluator import Evaluator
 from train.engine.launch import make_accelerator, world_size, zero_stage
 from train.engine.lock import lock
 from train.engine.metrics import MetricsFile, Observer, Profiler, Progress
@@ -31,7 +33,7 @@ from train.engine.state import trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
 from train.engine.trainer import Rhythm, Trainer
-from train.errors import ConfigError
+from train.errors import ConfigError, OmniTuneError
 from train.families import Family, find
 from train.inference.base_folder import check_files
 from train.inference.export import check_base, export, write_random_model
@@ -91,6 +93,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     evaluator = None
     if eval_set and eval_measured:
         evaluator = make_evaluator(options, accelerator, eval_set, eval_measured, stop)
+    _check_keep_best(options, evaluator)
     with announced(f"loading the weights of '{base}'"):
         model = _load_model(options, family, base, accelerator.device)
     plan = StepPlan(
@@ -114,7 +117,6 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     optimizer = make_optimizer(groups, options.optim)
     with announced(f"starting engine={options.engine.name} (an offload engine compiles its optimizer the first time)"):
         wrapped, optimizer = accelerator.prepare(model, optimizer)
-    set_seed(options.run.seed, device_specific=True)
 
     checkpoints = Checkpoints(
         folder / "checkpoints", accelerator, keep_last=options.run.keep_last, keep_best=options.run.keep_best
@@ -127,6 +129,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
             wrapped,
             optimizer,
             LearningRates(groups, options.optim, total_steps),
+            seed=options.run.seed,
             media=family.media,
             sources=len(train_set.specs),
             max_grad_norm=options.optim.max_grad_norm,
@@ -216,14 +219,26 @@ def _check_family(options: Options, family: Family) -> None:
         raise ConfigError(faults)
 
 
+def _check_keep_best(options: Options, evaluator: Evaluator | None) -> None:
+    wanted = options.run.keep_best
+    figures = evaluator.figures() if evaluator else []
+    if wanted and wanted not in figures:
+        near = "".join(f" (did you mean {figure}?)" for figure in get_close_matches(wanted, figures, n=1))
+        given = ", ".join(figures)
+        raise ConfigError([f"run.keep_best: the evaluation gives no figure '{wanted}'{near}; it gives {given}"])
+
+
 def _make_folder(options: Options, accelerator: Accelerator) -> Path:
     """The run's folder, as the main process names it (each process has a clock of its own)."""
     name = [options.run.dir]
     broadcast_object_list(name)
     folder = Path(name[0])
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock(folder)
+        except OSError as error:
+            raise OmniTuneError(f"run.dir: '{folder}' cannot be made or written to ({error}); name another") from None
     check_folder(folder, accelerator)
     return folder
 
@@ -298,6 +313,13 @@ def _observers(options: Options, resolved: dict[str, Any], folder: Path, trainer
 def _describe(options: Options, accelerator: Accelerator, model: nn.Module, plan: StepPlan, steps: int) -> None:
     if not accelerator.is_main_process:
         return
+    if options.run.max_steps and steps < options.run.max_steps:
+        log.warning(
+            "run.max_steps is %d, and the run ends after %d steps: that is all of run.epochs=%d; raise run.epochs",
+            options.run.max_steps,
+            steps,
+            options.run.epochs,
+        )
     sizes = {parameter: size_of(parameter) for parameter in model.parameters()}
     total = sum(sizes.values())
     learning = sum(size for parameter, size in sizes.items() if parameter.requires_grad)

@@ -1,6 +1,7 @@
 """Options into data: records, their lengths, the evaluator of those held out."""
 
 import logging
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,18 @@ log = logging.getLogger(__name__)
 
 
 def source_specs(sources: list[SourceOptions]) -> list[SourceSpec]:
-    """The sources with their media folders and names filled in."""
-    return [
-        SourceSpec(
-            name=source.name or Path(source.path).stem,
-            path=source.path,
-            root=source.root or str(Path(source.path).parent),
-            weight=source.weight,
-            format=source.format,
-        )
-        for source in sources
-    ]
+    """The sources with their media folders and names filled in; a name that is taken gets a number."""
+    specs: list[SourceSpec] = []
+    for source in sources:
+        name = first = source.name or Path(source.path).stem
+        taken = {spec.name for spec in specs}
+        for number in count(2):
+            if name not in taken:
+                break
+            name = f"{first}-{number}"
+        root = source.root or str(Path(source.path).parent)
+        specs.append(SourceSpec(name=name, path=source.path, root=root, weight=source.weight, format=source.format))
+    return specs
 
 
 def load_processor(options: Options, family: Family, folder: Path) -> Any:
@@ -88,7 +90,8 @@ def length_cache(options: Options, base: Path) -> LengthCache | None:
     except RuntimeError as error:
         log.warning("data.cache: '%s' has no place (%s), so every start measures lengths again", data.cache, error)
         return None
-    files = sorted(file for file in base.iterdir() if file.suffix in (".json", ".jinja", ".model"))
+    # A pipe would be waited for.
+    files = sorted(file for file in base.iterdir() if file.suffix in (".json", ".jinja", ".model") and file.is_file())
     settings = [digest(files), data.max_tokens, data.too_long, data.long_audio, data.system_prompt]
     return LengthCache(folder / "lengths", settings)
 

@@ -12,9 +12,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+_FOLDER = "checkpoints"
 _POLL_S = 0.05
 _FAULT = "fault"
 
@@ -62,30 +63,112 @@ def trained_weights(folder: Path) -> TrainedWeights:
 
 def saved_state(folder: Path) -> SavedState:
     """The tensors of a checkpoint."""
-    return SavedState(sorted(folder.glob("rank-*.safetensors")))
+    return SavedState([folder / name for name in sorted(_rank_files(folder))])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What state.json says."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    """What state.json says. Raises CheckpointError where it cannot be read."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{folder}' is damaged: {STATE} cannot be read ({error})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"'{folder}' is damaged: {STATE} holds no state")
+    return state
 
 
 def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files, None if nothing is; the work may be divided into `parts`."""
+    """What is wrong with a checkpoint's files, None if nothing is; reading them may be divided into `parts`."""
+    if fault := _lack(folder):
+        return fault
+    files = _manifest(folder)
+    for name in sorted(files)[part::parts]:
+        if _checksum(folder / name) != files[name][1]:
+            return f"is damaged: {name} does not have its checksum"
+    return None
+
+
+def _lack(folder: Path) -> str | None:
+    """What is wrong with a checkpoint as far as it shows without reading the tensors."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = _manifest(folder)
     except FileNotFoundError:
         return f"is not a complete checkpoint: it has no {MANIFEST}"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"is damaged: {MANIFEST} cannot be read"
-    for name in sorted(files)[part::parts]:
-        file = folder / name
-        if not file.is_file():
-            return f"is damaged: {name} is gone"
-        if file.stat().st_size != files[name]["bytes"]:
-            return f"is damaged: {name} has {file.stat().st_size} bytes, and had {files[name]['bytes']}"
-        if _checksum(file) != files[name]["blake2b"]:
-            return f"is damaged: {name} does not have its checksum"
+    if fault := _misfit(folder, files):
+        return f"is damaged: {fault}"
+    for name, (size, _) in sorted(files.items()):
+        if (folder / name).stat().st_size != size:
+            return f"is damaged: {name} has {(folder / name).stat().st_size} bytes, and had {size}"
+    return None
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and checksum of each file, as the manifest lists them."""
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return {name: (int(files[name]["bytes"]), str(files[name]["blake2b"])) for name in files}
+
+
+def _misfit(folder: Path, files: Mapping[str, object]) -> str | None:
+    """Where the manifest's list, the folder's name and the files there are do not belong together."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        ranks, step = range(state["world_size"]), state["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return f"{STATE} cannot be read"
+    expected = {STATE, *(_rank_file(rank) for rank in ranks)}
+    if lost := sorted(name for name in expected if not (folder / name).is_file()):
+        return f"{lost[0]} is gone"
+    if unlisted := sorted((expected | _rank_files(folder)) - files.keys(), reverse=True):
+        return f"{MANIFEST} does not list {unlisted[0]}"
+    if foreign := sorted(files.keys() - expected):
+        return f"{MANIFEST} lists '{foreign[0]}', which is no part of a checkpoint of {len(ranks)} rank(s)"
+    if _step_of(folder) not in (None, step):
+        return f"its {STATE} is of step {step}"
+    return None
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _rank_files(folder: Path) -> set[str]:
+    return {file.name for file in folder.glob("rank-*.safetensors")}
+
+
+def _step_of(folder: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None for any other folder."""
+    number = folder.name.removeprefix("step-")
+    return int(number) if number != folder.name and number.isascii() and number.isdecimal() else None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's checkpoints/, oldest first; what else lies there is left out."""
+    found = {path: step for path in folder.glob("step-*") if (step := _step_of(path)) is not None}
+    return sorted((path for path in found if (path / MANIFEST).is_file()), key=lambda path: found[path])
+
+
+def newest_whole(folder: Path) -> Path:
+    """The newest checkpoint of a run's folder that lacks nothing, or `folder` itself where it is a checkpoint.
+
+    Checksums are not compared: `trained_weights` does. Raises CheckpointError where there is none.
+    """
+    if (folder / MANIFEST).is_file():
+        return folder
+    found = _first_whole(complete_checkpoints(folder / _FOLDER)[::-1], _lack)
+    if not found:
+        raise CheckpointError(f"'{folder}' is neither a complete checkpoint nor a run's folder that holds one")
+    return found
+
+
+def _first_whole(candidates: Iterable[Path], fault_of: Callable[[Path], str | None]) -> Path | None:
+    """The first undamaged checkpoint; the damaged ones before it are named."""
+    for folder in candidates:
+        fault = fault_of(folder)
+        if not fault:
+            return folder
+        log.warning("'%s' %s; going on with the one before", folder, fault)
     return None
 
 
@@ -110,7 +193,7 @@ class Checkpoints:
         """Begin to write a checkpoint in the background; every rank must call it.
 
         tensors: this rank's part; nobody may change them any more.
-        state: JSON values, the same on every rank, `step` among them.
+        state: JSON values, the same on every rank, `step`, `world_size` and `evaluation` among them.
         """
         self.finish()
         self._writer = Thread(target=self._write, args=(dict(tensors), dict(state)), daemon=True)
@@ -146,7 +229,7 @@ class Checkpoints:
     def _write_part(self, aside: Path, tensors: dict[str, Tensor]) -> None:
         """Write this rank's tensors, and beside them their seal, or what went wrong: the main process waits for it."""
         rank = self.accelerator.process_index
-        file = aside / f"rank-{rank:05d}.safetensors"
+        file = aside / _rank_file(rank)
         seal = file.with_suffix(".json")
         try:
             aside.mkdir(parents=True, exist_ok=True)
@@ -163,7 +246,7 @@ class Checkpoints:
         _write_json(aside / STATE, state)
         files = {STATE: _seal(aside / STATE)}
         for rank in range(self.accelerator.num_processes):
-            part = aside / f"rank-{rank:05d}.json"
+            part = (aside / _rank_file(rank)).with_suffix(".json")
             while not part.exists():  # a rank that ends without a word ends the whole run
                 time.sleep(_POLL_S)
             sealed = json.loads(part.read_text(encoding="utf-8"))
@@ -187,20 +270,18 @@ class Checkpoints:
                 shutil.rmtree(leaving)
 
     def _best(self, found: list[Path]) -> Path | None:
-        """The checkpoint whose evaluation was best; the newest of equals."""
-        if not self.keep_best:
-            return None
-        figures = {folder: read_state(folder)["evaluation"].get(self.keep_best) for folder in found}
-        known = [folder for folder in reversed(found) if figures[folder] is not None]
-        pick = min if is_better_low(self.keep_best) else max
-        return pick(known, key=lambda folder: figures[folder], default=None)
+        """The checkpoint whose evaluation was best; the first of equals."""
+        best, value = None, None
+        for folder in found if self.keep_best else ():
+            with suppress(CheckpointError):  # a damaged one
+                figure = read_state(folder).get("evaluation", {}).get(self.keep_best)
+                if is_better(self.keep_best, figure, than=value):
+                    best, value = folder, figure
+        return best
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(
-            (folder for folder in self.folder.glob("step-*") if (folder / MANIFEST).is_file()),
-            key=lambda folder: int(folder.name.removeprefix("step-")),
-        )
+        return complete_checkpoints(self.folder)
 
     def newest(self) -> Path:
         """The newest complete checkpoint, once it is written; every rank must call it."""
@@ -215,25 +296,33 @@ class Checkpoints:
         """
         if resume == "never":
             return None
-        candidates = self.complete()[::-1] if resume == "auto" else [Path(resume)]
-        for folder in candidates:
-            rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-            fault = next(filter(None, gather_object([damage(folder, part=rank, parts=ranks)])), None)
-            if not fault:
-                return folder
-            if resume != "auto":
-                raise CheckpointError(f"run.resume: '{folder}' {fault}")
-            log.warning("'%s' %s; going on with the one before", folder, fault)
-        if candidates:
+        if resume != "auto":
+            if fault := self._damage(Path(resume)):
+                raise CheckpointError(f"run.resume: '{resume}' {fault}")
+            return Path(resume)
+        candidates = self.complete()[::-1]
+        found = _first_whole(candidates, self._damage)
+        if candidates and not found:
             raise CheckpointError(
                 f"none of the checkpoints in '{self.folder}' can be used; start anew with run.resume=never"
             )
-        return None
+        return found
+
+    def _damage(self, folder: Path) -> str | None:
+        """`damage`, the work divided among the ranks."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        return next(filter(None, gather_object([damage(folder, part=rank, parts=ranks)])), None)
 
 
-def is_better_low(figure: str) -> bool:
-    """Whether less of a figure is better: of losses and error rates."""
-    return figure.removeprefix("eval/").partition("/")[0] in ("loss", "wer", "cer")
+def is_better(figure: str, value: float | None, *, than: float | None) -> bool:
+    """Whether a value of an evaluation's figure is better: of losses and error rates the lower one.
+
+    than: None = there is none yet. What is no number is never better.
+    """
+    if value is None or not isfinite(value):
+        return False
+    is_low = figure.removeprefix("eval/").partition("/")[0] in ("loss", "wer", "cer", "cut_answers")
+    return than is None or (value < than if is_low else value > than)
 
 
 def _seal(file: Path) -> dict[str, Any]:

@@ -121,6 +121,16 @@ class Evaluator:
         self.prompts = prompt_batches(usable.tolist(), measured.lengths, limits, batch_size)
         self.bad: list[BadNote] = []
 
+    def figures(self) -> list[str]:
+        """Names of the values that an evaluation gives, where every record can be decoded."""
+        names = [spec.name for spec in self.records.specs]
+        figures = ["eval/loss", *(f"eval/loss/{name}" for name in names if len(names) > 1)]
+        for metric, types in self.metrics.items() if self.generate else ():
+            measured = sorted(types.intersection(self.types))
+            figures += [f"eval/{metric}"] * bool(measured)
+            figures += [f"eval/{metric}/{name}" for name in measured if len(self.types) > 1]
+        return figures + [f"eval/{CUT_ANSWERS}"] * self.generate
+
     def evaluate(self, model: nn.Module) -> Evaluation | None:
         """The loss of the model, which may be wrapped, and its answers; None if some rank was asked to stop."""
         self.bad = []

@@ -53,7 +53,8 @@ class Observer(Protocol):
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool) -> None:
+        """Called once, at the end of the run, whether it is done, stopped or `failed`."""
 
 
 def peak_memory_gib() -> float:
@@ -72,10 +73,12 @@ class MetricsFile:
 
     @staticmethod
     def _forget_after(file: Path, step: int) -> None:
-        """Drop the lines of steps that will be run again."""
+        """Drop the lines of steps that will be run again, and what is no line of ours."""
         if file.exists():
-            kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-            file.write_text("".join(f"{line}\n" for line in kept))
+            kept = [line for line in file.read_bytes().split(b"\n") if _step_of(line) <= step]
+            aside = file.with_name(f".{file.name}")
+            aside.write_bytes(b"".join(line + b"\n" for line in kept))
+            aside.replace(file)
 
     def on_step(self, report: StepReport) -> None:
         """Append the step's line."""
@@ -91,16 +94,16 @@ class MetricsFile:
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Close the file."""
         self._file.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the last line of a killed run may be cut short
-        return float("inf")
+        return float(json.loads(line.decode())["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # the last line of a killed run may be cut short
+        return math.inf
 
 
 class Progress:
@@ -128,7 +131,7 @@ class Progress:
         figures = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
         self._bar.write(f"step {step}: {figures}", file=sys.stderr)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
 
@@ -150,6 +153,6 @@ class Profiler:
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Nothing: evaluations are part of the step they fall in."""
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """End the profile, which writes what there is of it."""
         self._profile.stop()

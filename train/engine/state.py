@@ -23,9 +23,6 @@ from train.modules.trainable import canonical_name
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-RANDOM = "random"
-"""Kind of the random generators' states, by device and rank; a rank that has none keeps its fresh one."""
-
 
 class SavedState:
     """The fragments in the files of a checkpoint, read where they are asked for."""
@@ -55,11 +52,6 @@ class SavedState:
                 values[low - start : high - start] = held.get_slice(key)[low - first : high - first]
         return values
 
-    def generator(self, device: str, rank: int) -> Tensor | None:
-        """The state of a rank's random generator on `device`, if it was saved."""
-        found = self._fragments.get((RANDOM, device), ())
-        return next((held.get_tensor(key) for at, _, held, key in found if at == rank), None)
-
 
 class TrainedState(ABC):
     """The parameters that learn, of a model as the engine wrapped it, and their optimizer state.
@@ -84,15 +76,10 @@ class TrainedState(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of this rank's part on the CPU, by key."""
-        rank = self.accelerator.process_index
-        copied = {
+        return {
             f"{kind}/{name}/{start}": values.to("cpu", torch.float32, copy=True)
             for name, kind, start, values in self._held()
         }
-        copied[f"{RANDOM}/cpu/{rank}"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            copied[f"{RANDOM}/cuda/{rank}"] = torch.cuda.get_rng_state()
-        return copied
 
     def load(self, saved: SavedState, shapes: Mapping[str, list[int]], updates: int) -> None:
         """Go back to a saved state.
@@ -111,14 +98,6 @@ class TrainedState(ABC):
             self._prepare_moments(updates)
         with torch.no_grad():
             self._load(saved, (MASTER, *MOMENTS) if updates else (MASTER,))
-        self._load_generators(saved)
-
-    def _load_generators(self, saved: SavedState) -> None:
-        rank = self.accelerator.process_index
-        if (state := saved.generator("cpu", rank)) is not None:
-            torch.set_rng_state(state)
-        if torch.cuda.is_available() and (state := saved.generator("cuda", rank)) is not None:
-            torch.cuda.set_rng_state(state)
 
     @abstractmethod
     def _held(self) -> Iterator[tuple[str, str, int, Tensor]]:

@@ -3,6 +3,7 @@
 loss = Σ weight · cross-entropy / Σ weight, over all supervised tokens of the step on all ranks.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,6 +47,8 @@ class StepResult:
 class TrainStep:
     """Computes gradients and updates the parameters; every rank must call it with equally many packs.
 
+    seed: what dropout is drawn from, with the step and a pack's records: the same whatever the number of ranks, and
+    after any stop.
     media: the medium without which a module is idle in a step, by module (see `Family.media`).
     stop: asked at the end of each step, so that all ranks know of it alike.
     max_grad_norm: global L2 norm that gradients are scaled down to (0 = never); under DeepSpeed its own
@@ -59,13 +62,14 @@ class TrainStep:
         optimizer: Any,
         rates: LearningRates,
         *,
+        seed: int,
         media: Mapping[str, Medium],
         sources: int,
         max_grad_norm: float,
         stop: StopRequest | None = None,
     ):
         self.accelerator, self.model, self.optimizer, self.rates = accelerator, model, optimizer, rates
-        self.media, self.sources, self.max_grad_norm = media, sources, max_grad_norm
+        self.seed, self.media, self.sources, self.max_grad_norm = seed, media, sources, max_grad_norm
         self.stop = stop or StopRequest()
         self._deepspeed = accelerator.distributed_type == "DEEPSPEED"
 
@@ -90,6 +94,7 @@ class TrainStep:
         sums = torch.zeros(2, self.sources, dtype=torch.float64)
         suspects: list[int] = []
         for index, batch in enumerate(batches):
+            torch.manual_seed(_seed_of(self.seed, step, batch.records))
             losses = self._forward_backward(batch, weight, is_last=index == len(batches) - 1).double().cpu()
             suspects += _not_finite(losses, batch)
             weights = batch.loss_weights.double()
@@ -149,6 +154,12 @@ class TrainStep:
 
     def _summed(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").cpu()
+
+
+def _seed_of(seed: int, step: int, records: Sequence[int]) -> int:
+    """Where the random numbers of a pack's forward begin."""
+    digest = hashlib.blake2b(repr((seed, step, list(records))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _not_finite(losses: Tensor, batch: Batch) -> list[int]:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from train.data.loader import Fetched
-from train.engine.checkpoint import Checkpoints, read_state, saved_state
+from train.engine.checkpoint import Checkpoints, is_better, read_state, saved_state
 from train.engine.evaluator import Evaluator, write_predictions
 from train.engine.metrics import Observer, StepReport
 from train.engine.quarantine import Quarantine
@@ -81,6 +81,7 @@ class Trainer:
     observers: Sequence[Observer]
     position: Position = field(default_factory=Position)
     _evaluation: dict[str, float] = field(default_factory=dict)
+    _best: float | None = None
     _not_finite: int = 0
 
     def resume(self, checkpoint: Path) -> None:
@@ -97,10 +98,21 @@ class Trainer:
         self.quarantine.restore(state["quarantine"])
         self.position = Position(**state["position"])
         self._evaluation = state["evaluation"]
+        self._best = state.get("best")
         log.info("resumed from %s", checkpoint)
 
     def fit(self) -> bool:
         """Train to the end of the plan, evaluating and saving on the way; False if it was asked to stop before."""
+        failed = True
+        try:
+            done = self._run_to_the_end()
+            failed = False
+        finally:
+            for observer in self.observers:
+                observer.close(failed=failed)
+        return done
+
+    def _run_to_the_end(self) -> bool:
         self.train_step.model.train()
         steps = self._fetch()  # the workers start now, and decode while the model is evaluated
         stopped = False
@@ -109,21 +121,31 @@ class Trainer:
         if self.position.step == self.rhythm.total_steps and not self._evaluation:
             stopped = not self.evaluate()  # it was stopped in its last evaluation
             if self._evaluation:
+                self._is_best()
                 self.save()
         for fetched, wait_s in steps if not stopped else ():
             stopped = self._train_on(fetched, wait_s)
             step, last = self.position.step, self.position.step == self.rhythm.total_steps
+            is_best = False
             if last or (_is_due(step, self.rhythm.eval_every) and not stopped):
                 stopped = not self.evaluate()
-            if last or stopped or _is_due(step, self.rhythm.save_every):
+                is_best = self._is_best()
+            if last or stopped or is_best or _is_due(step, self.rhythm.save_every):
                 self.save()
             if stopped:
                 break
-        for observer in self.observers:
-            observer.close()
         if self.position.step:
             self.checkpoints.newest()  # wait until it is written
         return not stopped
+
+    def _is_best(self) -> bool:
+        """Whether the evaluation just made is the best of those after the first step, by `run.keep_best`."""
+        figure = self.checkpoints.keep_best
+        value = self._evaluation.get(figure)
+        if not is_better(figure, value, than=self._best):
+            return False
+        self._best = value
+        return True
 
     def save(self) -> None:
         """Begin a checkpoint; training goes on while it is written."""
@@ -134,6 +156,7 @@ class Trainer:
             "parameters": self.trained.shapes(),
             "quarantine": self.quarantine.state(),
             "evaluation": self._evaluation,
+            "best": self._best,
             "world_size": self.accelerator.num_processes,
         }
         self.checkpoints.save(self.trained.tensors(), state)

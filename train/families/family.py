@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig
@@ -96,19 +97,22 @@ class Family:
             in_float32: whether the parameter of a name is float32 whatever `dtype` says; buffers then are, too.
             device: None = the CPU, or under ZeRO-3 where DeepSpeed puts its shards.
 
-        Raises CheckpointError where weights are missing.
+        Raises CheckpointError where weights are missing, or a file of them is damaged.
         """
         self.config(folder)
         model_class = _resolve(self.model_class)
         if in_float32:
             model_class = _with_float32(model_class, in_float32)
-        model, report = model_class.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            device_map=None if device is None or device.type == "cpu" else {"": device},
-            output_loading_info=True,
-            local_files_only=True,
-        )
+        try:
+            model, report = model_class.from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                device_map=None if device is None or device.type == "cpu" else {"": device},
+                output_loading_info=True,
+                local_files_only=True,
+            )
+        except SafetensorError as error:
+            raise CheckpointError(f"{_unreadable(Path(folder))} cannot be read ({error}); copy it again") from None
         lacking = sorted(report["missing_keys"])
         if lacking:
             raise CheckpointError(
@@ -224,6 +228,17 @@ def find(folder: Path | str) -> Family:
         f"{'its' if chat_template else 'the lack of a'} chat template (chat_template.jinja, tokenizer_config.json); "
         f"known are {known}"
     )
+
+
+def _unreadable(folder: Path) -> str:
+    """The file of weights that does not open, as a file cut short does not."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"'{file}'"
+    return f"the weights in '{folder}'"
 
 
 def _chat_template(folder: Path) -> str:

@@ -5,6 +5,7 @@ behind the other. Source: the format's description in the safetensors project.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -87,7 +88,16 @@ def _changed(source: Path, key: str, entry: Mapping[str, Any], data: bytearray, 
 
 
 def _header(file: BinaryIO) -> bytes:
-    return file.read(int.from_bytes(file.read(8), "little"))
+    """The header of a shard. Raises CheckpointError where the file is not as long as it says, or has none."""
+    size = os.fstat(file.fileno()).st_size
+    header = file.read(min(int.from_bytes(file.read(8), "little"), size))
+    try:
+        end = max((entry["data_offsets"][1] for entry in _entries(header).values()), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        end = None
+    if end is None or size != 8 + len(header) + end:
+        raise CheckpointError(f"'{file.name}' is cut short or damaged; copy it again")
+    return header
 
 
 def _entries(header: bytes) -> dict[str, dict[str, Any]]:

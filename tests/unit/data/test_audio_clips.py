@@ -1,5 +1,7 @@
+import contextlib
 import io
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -7,7 +9,8 @@ import soundfile
 import torch
 from transformers import WhisperFeatureExtractor
 
-from tests.unit.data.builders import tone, wav
+from tests.unit.data.builders import by_av, tone, wav
+from train.data import audio
 from train.data.audio import clip_length, fit_clip, load_clip, log_mel
 from train.errors import BadRecord
 from train.geometry import mel_frames
@@ -16,20 +19,6 @@ from train.geometry import mel_frames
 def encoded(samples: np.ndarray, rate: int, form: str, subtype: str | None = None) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format=form, subtype=subtype)
-    return file.getvalue()
-
-
-def m4a(samples: np.ndarray, rate: int) -> bytes:
-    av = pytest.importorskip("av")
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=rate, layout="mono")
-        for begin in range(0, len(samples), 1024):
-            piece = np.ascontiguousarray(samples[begin : begin + 1024, 0])[None]
-            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = rate, begin
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
     return file.getvalue()
 
 
@@ -64,7 +53,7 @@ def test_formats_and_rates(form, subtype, rate):
 
 
 def test_m4a_through_pyav():
-    data = m4a(tone(1.5, 44_100), 44_100)
+    data = by_av(tone(1.5, 44_100), 44_100, "mp4", "aac")
     assert clip_length(data) == pytest.approx(24_000, abs=1100)
     clip = load_clip(data)
     assert len(clip) == pytest.approx(24_000, abs=1100)
@@ -73,7 +62,7 @@ def test_m4a_through_pyav():
 
 
 def test_without_pyav_the_message_names_it(monkeypatch):
-    data = m4a(tone(0.2), 16_000)
+    data = by_av(tone(0.2), 16_000, "mp4", "aac")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(BadRecord, match=r"PyAV, which may, is not installed \(`pip install av`\)"):
         clip_length(data)
@@ -90,6 +79,82 @@ def test_a_list_of_other_files_is_not_followed(tmp_path):
 def test_channels_are_averaged():
     left_right = np.stack([np.full(1600, 0.5), np.full(1600, -0.25)], axis=1).astype(np.float32)
     assert np.allclose(load_clip(encoded(left_right, 16_000, "WAV", "FLOAT")), 0.125)
+
+
+@pytest.mark.parametrize("channels", [6, 8, 16, 64])
+def test_channels_through_pyav_are_averaged(channels):
+    """Channel c holds c / 64 all along: their mean is (channels - 1) / 128."""
+    pytest.importorskip("av")
+    levels = np.tile(np.arange(channels, dtype=np.float32) / 64, (16_000, 1))
+    data = by_av(levels, 16_000, "matroska", "pcm_s16le")
+    assert clip_length(data) == 16_000
+    assert np.allclose(load_clip(data), (channels - 1) / 128, atol=1e-4)
+
+
+@pytest.mark.parametrize(("form", "codec"), [("mp4", "aac"), ("matroska", "libopus"), ("ogg", "libopus")])
+@pytest.mark.parametrize("channels", [6, 8])
+def test_surround_sound(form, codec, channels):
+    clip = load_clip(by_av(tone(1.5, 48_000, channels), 48_000, form, codec))
+    assert len(clip) == pytest.approx(24_000, abs=1100)
+    assert pitch(clip) == pytest.approx(440, abs=2)
+
+
+def test_more_channels_than_ffmpeg_converts():
+    data = by_av(tone(0.1, channels=65), 16_000, "matroska", "pcm_s16le")
+    with pytest.raises(BadRecord, match="it has 65 channels; convert it to WAV or FLAC"):
+        clip_length(data)
+
+
+def test_one_packet_of_everything_is_not_decoded(monkeypatch):
+    data = by_av(tone(0.5), 16_000, "matroska", "pcm_s16le")
+    monkeypatch.setattr(audio, "_PACKET", 1000)
+    with pytest.raises(BadRecord, match="a packet of it has 2048 bytes, more than 1000"):
+        load_clip(data)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("read", [clip_length, load_clip])
+def test_ogg_files_end_to_end_are_refused(subtype, read):
+    """Only the first of them would be heard."""
+    first, second = (encoded(tone(seconds), 16_000, "OGG", subtype) for seconds in (1.0, 2.0))
+    for chained in (first + second, first + first):
+        with pytest.raises(BadRecord, match="it is several Ogg files end to end"):
+            read(chained)
+    read(first)
+
+
+def test_flac_of_unknown_length():
+    """As an encoder writes it into a pipe: the 36 bits of the number of samples are 0."""
+    data = bytearray(encoded(tone(1.0), 16_000, "FLAC"))
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    with pytest.raises(BadRecord, match="embedded audio: its header states no length; convert it to WAV"):
+        clip_length(bytes(data))
+
+
+def test_a_false_mp3_is_refused_quickly_and_quietly(capfd):
+    """Its decoder takes two seconds over each MiB, and writes 54 MB to stderr."""
+    begin = time.perf_counter()
+    with pytest.raises(BadRecord, match="its header does not end"):
+        clip_length(b"\xff\xf3\x04\x83" * 2**20)
+    assert time.perf_counter() - begin < 2
+    assert capfd.readouterr().err == ""
+
+
+def test_damaged_mp3_frames_are_decoded_quietly(capfd):
+    frame = b"\xff\xfb\x18\xc0" + b"\xff" * 92  # 32 kbit/s at 32 kHz would be 144 bytes
+    with contextlib.suppress(BadRecord):
+        load_clip(frame * 2000)
+    frame = b"\xff\xfb\x14\xc0" + b"\xff" * 92  # 32 kbit/s at 48 kHz: 96 bytes
+    load_clip(frame * 2000)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_wav_header_without_end(tmp_path):
+    whole = wav(0.1)
+    (tmp_path / "a.wav").write_bytes(whole[:36] + b"teSt\0\0\0\0" * 2**18 + whole[36:])
+    with pytest.raises(BadRecord, match="its header does not end"):
+        clip_length(str(tmp_path / "a.wav"))
 
 
 def test_decoding_is_bounded():

@@ -20,8 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.unit.data.builders import tone
-from tests.unit.data.test_audio_clips import m4a
+from tests.unit.data.builders import PeakMemory, by_av, png_of, tone
 from train.data.plan import Limits, plan_epoch
 from train.data.record_set import BadNote, RecordSet, SourceSpec
 from train.families import find
@@ -40,8 +39,19 @@ def processor() -> Any:
     return find(TINY).load_processor(TINY)
 
 
+MOST_MIB = 1024
+"""What reading, measuring and decoding a record may take."""
+
+
 def check(file: Path, count: int, **settings: Any) -> list[BadNote]:
     """Take a file through measuring, planning and decoding; every one of its `count` records is accounted for."""
+    with PeakMemory() as peak:
+        notes = notes_on(file, count, **settings)
+    assert peak.mib < MOST_MIB
+    return notes
+
+
+def notes_on(file: Path, count: int, **settings: Any) -> list[BadNote]:
     records = RecordSet(
         [SourceSpec("fuzz", str(file), str(file.parent))],
         processor(),
@@ -152,7 +162,12 @@ def as_line(value: Any, plain: bool) -> bytes:
 
 
 BYTES = st.binary(max_size=40).map(lambda data: data.replace(b"\n", b""))
-LINES = st.builds(as_line, changed_records() | VALUES, st.booleans()) | BYTES
+WIDE = st.builds(
+    lambda unit, count: b"[" + b",".join([unit] * count) + b"]",
+    st.sampled_from([b"[]", b"{}", b'{"a":1}', b'""', b"1.5", b"[[[]]]"]),
+    st.sampled_from([10, 1000, 10**5, 3 * 10**6]),
+)
+LINES = st.one_of(*[st.builds(as_line, changed_records() | VALUES, st.booleans()) | BYTES] * 150, WIDE)
 CUTS = st.none() | st.floats(0, 1)
 
 
@@ -216,7 +231,7 @@ def media() -> dict[str, bytes]:
         form = {"OPUS": "OGG"}.get(name, name)
         soundfile.write(file, tone(0.1, channels=2), 16_000, format=form, subtype=subtype)
         encoded[name] = file.getvalue()
-    return encoded | {"M4A": m4a(tone(0.2), 16_000)}
+    return encoded | {"M4A": by_av(tone(0.2), 16_000, "mp4", "aac")}
 
 
 PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
@@ -224,11 +239,16 @@ SOUNDS = ("WAV", "FLAC", "OGG", "OPUS", "MP3", "AIFF", "CAF", "M4A")
 EDGES = [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1]
 
 
+def damage(names: tuple[str, ...]) -> Any:
+    """A valid file of one of these formats, damaged."""
+    return st.sampled_from(names).flatmap(lambda name: changed(media()[name], least=1))
+
+
 @st.composite
-def damage(draw: Any, names: tuple[str, ...]) -> bytes:
-    """A valid file with bits turned, numbers set to edge values, pieces cut, repeated or taken from another."""
-    data = bytearray(media()[draw(st.sampled_from(names))])
-    for _ in range(draw(st.integers(1, 4))):
+def changed(draw: Any, whole: bytes, least: int = 0) -> bytes:
+    """A file with bits turned, numbers set to edge values, pieces cut, repeated or taken from another."""
+    data = bytearray(whole)
+    for _ in range(draw(st.integers(least, 4))):
         # Headers are where it matters most.
         at = draw(st.integers(0, min(80, len(data)) - 1) | st.integers(0, len(data) - 1)) if data else 0
         what = draw(st.sampled_from(["bit", "number", "cut", "drop", "repeat", "splice", "insert"]))
@@ -266,6 +286,69 @@ def test_damaged_pictures(data: bytes, name: str) -> None:
 @given(data=damage(SOUNDS), name=st.sampled_from(["a.wav", "a.vox", "a.mp3"]))
 def test_damaged_recordings(data: bytes, name: str) -> None:
     through_damaged_medium("audio", data, name)
+
+
+SIDES = [1, 2, 13, 14, 448, 1000, 4096, 8192, 2**16 - 1, 2**16, 2**22, 2**26, 2**31 - 1]
+MODES = {
+    "PNG": ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"],
+    "TIFF": ["1", "L", "RGBA", "CMYK", "LAB", "I", "I;16", "F"],
+    "JPEG": ["L", "RGB", "CMYK"],
+    "WEBP": ["RGB", "RGBA"],
+    "GIF": ["P"],
+    "BMP": ["1", "L", "RGB"],
+    "PPM": ["1", "L", "RGB", "I"],
+}
+
+
+@st.composite
+def shapes(draw: Any) -> bytes:
+    """A picture of any mode and shape, or one that claims a shape that it cannot have."""
+    width, height = draw(st.sampled_from(SIDES)), draw(st.sampled_from(SIDES))
+    form = draw(st.sampled_from(sorted(MODES)))
+    limit = {"JPEG": 65_500, "WEBP": 16_383}.get(form, 2**16 - 1)
+    if width * height > 2**20 or max(width, height) > limit:
+        return png_of(width, height)
+    file = io.BytesIO()
+    Image.new(draw(st.sampled_from(MODES[form])), (width, height)).save(file, form)
+    return file.getvalue()
+
+
+@given(data=shapes().flatmap(changed))
+def test_pictures_of_any_shape(data: bytes) -> None:
+    through_damaged_medium("image", data, "a.png")
+
+
+ENCODINGS = {
+    ("mp4", "aac"): [1, 2, 6, 8],
+    ("ogg", "libopus"): [1, 2, 6, 8],
+    ("matroska", "libopus"): [1, 2, 6, 8],
+    ("matroska", "pcm_s16le"): [1, 2, 3, 6, 7, 8, 9, 16, 64, 65, 100],
+    ("wav", "soundfile"): [1, 2, 6, 8, 16, 64, 65, 255, 1000],
+    ("flac", "flac"): [1, 2, 6, 8],
+}
+
+
+@cache
+def many_channels(form: str, codec: str, channels: int, samples: int, rate: int) -> bytes:
+    if codec == "soundfile":
+        file = io.BytesIO()
+        soundfile.write(file, tone(samples / rate, rate, channels), rate, format=form)
+        return file.getvalue()
+    return by_av(tone(samples / rate, rate, channels), rate, form, codec)
+
+
+@st.composite
+def channels(draw: Any) -> bytes:
+    """A recording of any number of channels."""
+    form, codec = draw(st.sampled_from(sorted(ENCODINGS)))
+    count = draw(st.sampled_from(ENCODINGS[form, codec]))
+    samples = draw(st.sampled_from([1, 100, 1024, 4800, 48_000 if count < 16 else 9600]))
+    return many_channels(form, codec, count, samples, draw(st.sampled_from([8000, 16_000, 48_000])))
+
+
+@given(data=channels().flatmap(changed))
+def test_recordings_of_any_channels(data: bytes) -> None:
+    through_damaged_medium("audio", data, "a.m4a")
 
 
 def through_damaged_medium(kind: str, data: bytes, name: str) -> None:

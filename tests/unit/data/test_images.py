@@ -1,11 +1,12 @@
 import io
+import struct
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.unit.data.builders import png
+from tests.unit.data.builders import PeakMemory, png, png_of
 from train.data import images
 from train.data.images import SliceSettings, load_picture, picture_size, slices_of, to_rgb
 from train.errors import BadRecord
@@ -163,3 +164,61 @@ def test_slices_equal_plain_resizing_and_cropping():
         assert torch.equal(patches[begin : begin + high * wide].float(), expected)
         begin += high * wide
     assert begin == len(patches)
+
+
+@pytest.mark.parametrize("size", [(2**16, 1), (1, 2**16), (2**26, 1)])
+def test_the_longer_side_is_bounded(size):
+    for data in (png(*size, 0, "1"), png_of(*size)):
+        for read in (picture_size, load_picture):
+            with pytest.raises(BadRecord, match=r"pixels, and a side may have 65535; cut it into several"):
+                read(data)
+
+
+@pytest.mark.parametrize("size", [(2**16 - 1, 1), (1, 2**16 - 1)])
+def test_the_longest_sides_are_used(size):
+    data = png(*size, 1, "1")
+    patches, sizes = slices_of(load_picture(data), SliceSettings())
+    layout = SliceSettings().layout(*picture_size(data))
+    assert len(patches) == sizes.prod(dim=1).sum() == layout.patches(14)
+    assert patches.min() == 255
+
+
+def test_webp_may_have_half_as_many_pixels():
+    with pytest.raises(BadRecord, match="it has 8192x4097 pixels, more than the 33554432 allowed"):
+        picture_size(encoded(Image.new("L", (8192, 4097)), "WEBP", quality=0, method=0))
+
+
+def test_the_tile_of_a_tiff_is_bounded():
+    """A decoder holds all of it, whatever the picture's size."""
+    tags = {256: 100, 257: 100, 258: 8, 259: 5, 262: 1, 277: 1, 322: 65_536, 323: 65_536, 324: 0, 325: 0}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    with pytest.raises(BadRecord, match="its tiles have 65536x65536 pixels, more than 4194304; save it anew"):
+        picture_size(data)
+
+
+@pytest.mark.parametrize(
+    ("form", "mode", "size", "options"),
+    [
+        ("TIFF", "I", (8192, 8192), {"compression": "tiff_lzw"}),
+        ("WEBP", "RGBA", (8192, 4096), {"lossless": True, "method": 0}),
+    ],
+)
+def test_the_largest_pictures_take_less_than_a_gib(form, mode, size, options):
+    data = encoded(Image.new(mode, size), form, exif=exif(6), **options)
+    with PeakMemory() as peak:
+        assert slices_of(load_picture(data), SliceSettings())[0].shape[1] == 588
+    assert peak.mib < 1024
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "I;16", "I"])
+def test_strips_make_the_same_picture(monkeypatch, mode):
+    random = np.random.default_rng(0)
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    depth, most = (np.uint8, 256) if bands > 1 else (np.uint16, 65_536)
+    pixels = random.integers(0, most, (37, 23, bands), dtype=depth).squeeze()
+    picture = Image.fromarray(pixels.astype(np.int32) if mode == "I" else pixels)
+    assert picture.mode == mode
+    whole = to_rgb(picture)
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 100)
+    assert to_rgb(picture).tobytes() == whole.tobytes()

@@ -121,3 +121,12 @@ def test_every_record_comes_once_an_epoch_though_the_number_of_ranks_changes(tmp
             position = (fetched[0].epoch, fetched[0].step_in_epoch + 1)
     assert plan.steps_in(0) > 3
     assert [sorted(of_epoch) for of_epoch in seen] == [list(range(40))] * 2
+
+
+def test_a_weight_so_low_that_no_record_is_taken_is_refused() -> None:
+    lengths = np.full((20, 3), 10, dtype=np.int32)
+    measured = Measured(lengths, [""] * 20, np.array([20]))
+    with pytest.raises(OmniTuneError, match=r"data\.train\[0\]\.weight is 0\.02, .* none of its 20 records"):
+        StepPlan(measured, [0.02], LIMITS, packs_per_step=1, seed=0, epochs=1, max_steps=None)
+    plan = StepPlan(measured, [0.05], LIMITS, packs_per_step=1, seed=0, epochs=1, max_steps=None)
+    assert [len(pack) for pack in plan.epoch(0)] == [1]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.data.builders import PeakMemory
 from train.data import readers
 from train.data.readers import JsonLines, JsonList, Parquet, open_source
 from train.errors import BadRecord, OmniTuneError
@@ -57,6 +58,59 @@ def test_json_list_whatever_its_name(tmp_path):
     assert (len(source), source[2], source.line(2)) == (3, {"n": 3}, 3)
     with pytest.raises(BadRecord, match=r"data\.txt:2: a JSON object was expected, found int"):
         source[1]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
+def test_a_list_in_chunks(tmp_path, monkeypatch, chunk):
+    texts = ['"', "\\", '\\"', '\\\\"', "[", "]", "{", "}", ",", '],["', "\n", "é,", "\\\\\\", ""]
+    records = [{"n": i, text: [text, {"a": [text, [], {}]}]} for i, text in enumerate(texts)]
+    monkeypatch.setattr(readers, "_CHUNK", chunk)
+    for space, ascii in ((None, True), (2, False)):
+        path = write(tmp_path, json.dumps(records, indent=space, ensure_ascii=ascii).encode())
+        source = JsonList(path)
+        assert [source[i] for i in range(len(source))] == records
+
+
+def test_a_broken_item_of_a_list_costs_only_itself(tmp_path):
+    source = open_source(write(tmp_path, b'[{"n": 1}, {"n": }, {"n": 3} {"n": 4}, nothing, {"n": 5}]'))
+    assert (len(source), source[0], source[4]) == (5, {"n": 1}, {"n": 5})
+    for index in (1, 2, 3):
+        with pytest.raises(BadRecord, match=rf"records\.jsonl:{index + 1}: invalid JSON"):
+            source[index]
+
+
+@pytest.mark.parametrize(("content", "item"), [(b"[,1]", 1), (b"[1,,2]", 2), (b"[1, ]", 2)])
+def test_a_list_with_a_gap(tmp_path, content, item):
+    with pytest.raises(OmniTuneError, match=rf"not a valid JSON list \(item {item}: nothing stands there\)"):
+        open_source(write(tmp_path, content))
+
+
+def test_a_list_item_over_64_mib_is_never_parsed(tmp_path):
+    """As objects of Python it would take 2 GB."""
+    path = write(tmp_path, b'[{"n": 1}, [' + b"[]," * (24 * 2**20) + b'[]], {"n": 3}]')
+    with PeakMemory() as peak:
+        source = open_source(path)
+        assert (source[0], source[2]) == ({"n": 1}, {"n": 3})
+        with pytest.raises(BadRecord, match=r"records\.jsonl:2: the record has 75497477 bytes, more than 64 MiB"):
+            source[1]
+    assert peak.mib < 300
+
+
+@pytest.mark.parametrize("unit", [b"[]", b"{}", b'{"a":1}', b"0.5"])
+def test_a_record_of_too_many_values_is_not_parsed(tmp_path, unit):
+    path = write(tmp_path, b'{"n": [' + (unit + b",") * (2**21) + unit + b"]}")
+    source = open_source(path)
+    with PeakMemory() as peak, pytest.raises(BadRecord, match=r"records\.jsonl:1: the record has over 2097152 values"):
+        source[0]
+    assert peak.mib < 150
+
+
+@pytest.mark.parametrize("unit", [b"[]", b'{"a":1}', b'"\xf0\x9f\x90\x8b"'])
+def test_the_most_values_take_less_than_a_gib(tmp_path, unit):
+    source = open_source(write(tmp_path, b'{"n": [' + (unit + b",") * (2**20 - 10) + unit + b"]}"))
+    with PeakMemory() as peak:
+        assert len(source[0]["n"]) == 2**20 - 9
+    assert peak.mib < 1024
 
 
 def test_parquet_hands_over_plain_values(tmp_path, monkeypatch):

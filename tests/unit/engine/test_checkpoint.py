@@ -1,6 +1,8 @@
 """The folder of checkpoints: whole or not there, checked, and as many as were asked for."""
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -11,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from tests.runs import forget_accelerator
-from train.engine.checkpoint import MANIFEST, Checkpoints, damage, is_better_low, read_state, trained_weights
+from train.engine.checkpoint import MANIFEST, Checkpoints, damage, is_better, newest_whole, read_state, trained_weights
 from train.engine.state import SavedState
 from train.errors import CheckpointError
 
@@ -27,8 +29,21 @@ def accelerator() -> Iterator[Accelerator]:
 
 def save(checkpoints: Checkpoints, step: int, evaluation: dict[str, float] | None = None) -> None:
     tensors = {"master/a.weight/0": torch.arange(6.0) + step, "master/b/0": torch.ones(4)}
-    checkpoints.save(tensors, {"step": step, "parameters": PARAMETERS, "evaluation": evaluation or {}})
+    state = {"step": step, "parameters": PARAMETERS, "evaluation": evaluation or {}, "world_size": 1}
+    checkpoints.save(tensors, state)
     checkpoints.finish()
+
+
+def forge(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change what a checkpoint's manifest lists."""
+    held = json.loads((folder / MANIFEST).read_text())
+    change(held["files"])
+    (folder / MANIFEST).write_text(json.dumps(held))
+
+
+def swap(one: Path, other: Path) -> None:
+    """Give each of two checkpoints the other's name; the second one is then lost."""
+    shutil.copytree(other, one, dirs_exist_ok=True)
 
 
 def names(checkpoints: Checkpoints) -> list[str]:
@@ -65,7 +80,7 @@ def test_the_newest_are_kept_and_the_best(tmp_path: Path, accelerator: Accelerat
 
 
 @pytest.mark.parametrize(
-    ("figure", "is_low"),
+    ("figure", "low_is_better"),
     [
         ("eval/loss", True),
         ("eval/loss/train", True),
@@ -75,8 +90,19 @@ def test_the_newest_are_kept_and_the_best(tmp_path: Path, accelerator: Accelerat
         ("eval/f1/soccer", False),
     ],
 )
-def test_the_metric_says_which_figure_is_better(figure: str, is_low: bool) -> None:
-    assert is_better_low(figure) == is_low
+def test_the_metric_says_which_figure_is_better(figure: str, low_is_better: bool) -> None:
+    assert is_better(figure, 0.1, than=0.2) == low_is_better
+    assert is_better(figure, 0.2, than=0.1) != low_is_better
+    assert not is_better(figure, 0.1, than=0.1)
+    assert is_better(figure, 0.1, than=None)
+    assert not is_better(figure, float("nan"), than=None)
+
+
+def test_a_figure_that_is_no_number_is_never_the_best(tmp_path: Path, accelerator: Accelerator) -> None:
+    checkpoints = Checkpoints(tmp_path, accelerator, keep_last=1, keep_best="eval/loss")
+    for step, loss in ((1, float("nan")), (2, 3.0), (3, float("nan")), (4, float("nan"))):
+        save(checkpoints, step, {"eval/loss": loss})
+    assert names(checkpoints) == ["step-000002", "step-000004"]
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path, accelerator: Accelerator) -> None:
@@ -93,6 +119,13 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path, accelerator: Accelerator) 
         (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"), "does not have its checksum"),
         (lambda file: file.unlink(), "rank-00000.safetensors is gone"),
         (lambda file: (file.parent / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+        (lambda file: (file.parent / MANIFEST).write_text('{"files": ["state.json"]}'), "manifest.json cannot be read"),
+        (lambda file: forge(file.parent, lambda files: files[file.name].pop("bytes")), "manifest.json cannot be read"),
+        (lambda file: forge(file.parent, lambda files: files.clear()), "manifest.json does not list state.json"),
+        (lambda file: forge(file.parent, lambda files: files.pop(file.name)), "does not list rank-00000.safetensors"),
+        (lambda file: forge(file.parent, lambda files: files.update({"../x": files[file.name]})), "lists '../x'"),
+        (lambda file: shutil.copy(file, file.with_name("rank-00001.safetensors")), "does not list rank-00001.safetens"),
+        (lambda file: swap(file.parent, file.parents[1] / "step-000001"), "its state.json is of step 1"),
     ],
 )
 def test_a_damaged_one_is_named_and_the_one_before_is_used(
@@ -112,11 +145,54 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
         trained_weights(tmp_path / "step-000002")
 
 
+@pytest.mark.parametrize("state", [None, "{", "3", '{"step": 2}', "\udcff"])
+def test_a_state_that_cannot_be_read_is_damage(state: str | None, tmp_path: Path, accelerator: Accelerator) -> None:
+    checkpoints = Checkpoints(tmp_path, accelerator, keep_last=0, keep_best="eval/loss")
+    save(checkpoints, 2)
+    file = tmp_path / "step-000002" / "state.json"
+    file.unlink()
+    if state is not None:
+        file.write_text(state, errors="surrogateescape")
+    assert "is damaged: state.json" in str(damage(file.parent))
+    save(checkpoints, 3, {"eval/loss": 1.0})  # a damaged one disturbs neither the next ones nor the best
+    assert checkpoints.find("auto") == tmp_path / "step-000003"
+
+
+def test_other_folders_are_no_checkpoints(tmp_path: Path, accelerator: Accelerator) -> None:
+    checkpoints = Checkpoints(tmp_path, accelerator, keep_last=1)
+    save(checkpoints, 1)
+    for name in ("step-abc", "step-", "step-1e3", "step-000001.old", "step-²"):
+        shutil.copytree(tmp_path / "step-000001", tmp_path / name)
+    save(checkpoints, 2)
+    assert names(checkpoints) == ["step-000002"]
+    assert (tmp_path / "step-abc").is_dir()
+
+
+def test_the_newest_whole_one_is_exported(
+    tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", accelerator, keep_last=0)
+    with pytest.raises(CheckpointError, match="neither a complete checkpoint nor a run's folder"):
+        newest_whole(tmp_path)
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        save(checkpoints, step)
+    folders = tmp_path / "checkpoints"
+    (folders / "step-1000001" / MANIFEST).unlink()
+    (folders / "step-1000000" / "rank-00000.safetensors").unlink()
+    assert newest_whole(tmp_path) == folders / "step-999999"
+    assert "rank-00000.safetensors is gone" in caplog.text
+    assert newest_whole(folders / "step-999998") == folders / "step-999998"
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is gone"):
+        trained_weights(newest_whole(folders / "step-1000000"))
+    with pytest.raises(CheckpointError, match="neither a complete checkpoint"):
+        newest_whole(folders / "step-1000001")
+
+
 def test_all_damaged_is_an_error_and_none_is_a_fresh_start(tmp_path: Path, accelerator: Accelerator) -> None:
     checkpoints = Checkpoints(tmp_path, accelerator, keep_last=0)
     assert checkpoints.find("auto") is None
     save(checkpoints, 1)
-    (tmp_path / "step-000001" / "state.json").unlink()
+    (tmp_path / "step-000001" / "rank-00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"run\.resume=never"):
         checkpoints.find("auto")
     assert checkpoints.find("never") is None
@@ -156,7 +232,7 @@ def test_another_ranks_failure_ends_the_wait_and_is_told(tmp_path: Path) -> None
         parts = [{"master/a.weight/0": torch.zeros(6)}, {"master/b/0": torch.ones(4)}]
         if spoiled:
             parts[1]["not/contiguous/0"] = torch.ones(4, 4).T  # which safetensors refuses
-        state = {"step": step, "parameters": PARAMETERS, "evaluation": {}}
+        state = {"step": step, "parameters": PARAMETERS, "evaluation": {}, "world_size": 2}
         for rank in (0, 1):
             checkpoints[rank].save(parts[rank], state)
         if spoiled:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from train.engine.metrics import MetricsFile, StepReport
 
 
@@ -23,7 +25,7 @@ def report(step: int) -> StepReport:
 def test_a_line_a_step(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     metrics.on_step(report(1))
-    metrics.close()
+    metrics.close(failed=False)
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
     values = json.loads(line)
     assert values.pop("memory/peak_gib") > 0
@@ -45,12 +47,20 @@ def test_a_line_a_step(tmp_path: Path) -> None:
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     metrics.on_evaluation(1, {"eval/loss": float("nan"), "eval/other": float("inf")})
-    metrics.close()
+    metrics.close(failed=False)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "eval/loss": null, "eval/other": null}\n'
 
 
 def test_resuming_forgets_the_steps_that_are_run_again(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    MetricsFile(file, 2).close()
+    MetricsFile(file, 2).close(failed=False)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("broken", [b"\xff\xfe\n", b"3\n", b'{"step": null}\n', b"[" * 9999 + b"\n"])
+def test_resuming_drops_lines_that_are_no_steps(broken: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + broken + '{"step": 2, "loss/Töne\x85": 1}\n'.encode())
+    MetricsFile(file, 2).close(failed=False)
+    assert file.read_text() == '{"step": 1}\n{"step": 2, "loss/Töne\x85": 1}\n'

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT
+from tests.runs import ROOT, write_small_model
 from train.errors import CheckpointError
 from train.families import find
+from train.inference.export import write_random_model
 from train.modules.trainable import module_of
 
 MEGREZ = "{{ '<|role_start|>' ~ message['role'] ~ '<|role_end|>' }}"
@@ -60,3 +61,13 @@ def test_the_rules_cover_every_parameter(tiny: str) -> None:
     modules = {module_of(name, family.rules) for name, _ in model.named_parameters()}
     assert family.modules <= modules
     assert set(family.lora_targets) == family.modules
+
+
+@pytest.mark.parametrize("keep", [-100, 1000, 0])
+def test_weights_cut_short_are_named(keep: int, tmp_path: Path) -> None:
+    model = tmp_path / "random"
+    write_random_model(write_small_model(tmp_path), model, seed=0)
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=rf"^'{file}' cannot be read .*; copy it again"):
+        find(model).load_model(model)

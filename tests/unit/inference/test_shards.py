@@ -58,3 +58,16 @@ def test_a_shard_that_is_not_in_the_folder_is_refused(name: str, tmp_path: Path)
     (model / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match=f"lacks the weights '{name}'"):
         shards_of(model)
+
+
+@pytest.mark.parametrize("keep", [-1, 100, 4, 0])
+def test_a_file_cut_short_is_named(keep: int, tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(64), "v": torch.zeros(64)}, tmp_path / "model.safetensors")
+    file = tmp_path / "model.safetensors"
+    assert stored_dtypes(tmp_path) == {"w": torch.float32, "v": torch.float32}
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' is cut short"):
+        stored_dtypes(tmp_path)
+    file.write_bytes(b"\xff" * 64)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' is cut short"):
+        stored_dtypes(tmp_path)

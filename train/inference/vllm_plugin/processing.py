@@ -32,6 +32,7 @@ from train.data.audio import fit_clip, log_mel, resampled
 from train.data.images import load_picture, to_rgb
 from train.data.processor import AUDIO_ENDS, IMAGE_ENDS, PLACE, MegrezOProcessor
 from train.geometry import SAMPLE_RATE, clip_samples
+from train.inference.vllm_plugin import media_io  # noqa: F401  its connector takes effect by being imported
 from train.inference.vllm_plugin.options import refuse_options
 
 PLACEHOLDERS = {"image": "(<image>./</image>)", "audio": "(<audio>./</audio>)"}
