@@ -25,9 +25,9 @@ from train.data.lengths import LengthCache
 from train.data.plan import Limits, assign, plan_epoch
 from train.data.record_set import Measured, RecordSet, SourceSpec
 from train.data.workers import UNWATCHED, Workers
-from train.families import find
-from train.modules.flops import megrezo_flops
-from train.modules.megrezo import MegrezO, MegrezOConfig
+from train.families.megrezo.flops import megrezo_flops
+from train.families.megrezo.model import MegrezO, MegrezOConfig
+from train.families.registry import find
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS, PACKS_EACH = 8, 4
@@ -101,7 +101,7 @@ def decode_figures(records: RecordSet, count: int) -> dict[str, float]:
 def memory_figures(model: Path, count: int) -> dict[str, float]:
     """What is resident while so many records of text, 300 bytes each, are measured and then planned."""
     options = DataOptions()
-    limits = Limits(options.max_tokens, options.max_patches, options.max_frames)
+    limits = Limits(options.max_tokens, {"image": options.max_patches, "audio": options.max_frames})
     processor = find(model).load_processor(model)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "records.jsonl")
@@ -141,7 +141,7 @@ def _text_record(number: int) -> str:
 def plan_figures(lengths: np.ndarray) -> tuple[dict[str, float], list[list[int]]]:
     """Time, fill and memory of an epoch's plan."""
     options = DataOptions()
-    limits = Limits(options.max_tokens, options.max_patches, options.max_frames)
+    limits = Limits(options.max_tokens, {"image": options.max_patches, "audio": options.max_frames})
     packs, cost = measured(lambda: plan_epoch(lengths, [np.arange(len(lengths))], [1.0], limits, seed=0, epoch=0))
     held = sum(sys.getsizeof(pack) + sum(map(sys.getsizeof, pack)) for pack in packs) + sys.getsizeof(packs)
     figures = {
@@ -158,7 +158,7 @@ def balance_figures(lengths: np.ndarray, packs: Sequence[Sequence[int]]) -> dict
     """Dearest rank over mean rank, by predicted work of the published model, and what the sharing out costs."""
     with torch.device("meta"):
         model = MegrezO(MegrezOConfig())
-    costs = megrezo_flops(model, model.config, MODULES).of(lengths)
+    costs = megrezo_flops(model, MODULES).of(lengths)
     pack_costs = np.array([costs[pack].sum() for pack in packs])
     in_step = RANKS * PACKS_EACH
     steps = pack_costs[: len(packs) // in_step * in_step].reshape(-1, in_step)

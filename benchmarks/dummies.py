@@ -19,14 +19,14 @@ from workload import draw
 from train.config import DataOptions
 from train.data.collate import collate
 from train.data.plan import Limits, plan_epoch
-from train.modules.megrezo import MegrezOConfig
+from train.families.megrezo.model import MegrezOConfig
 from train.schema import Batch
 
 
 def text_pack(config: MegrezOConfig, seed: int) -> Batch:
     """A full pack of the workload's records that have neither picture nor recording."""
     options, workload = DataOptions(), draw(DRAWN, seed)
-    limits = Limits(options.max_tokens, options.max_patches, options.max_frames)
+    limits = Limits(options.max_tokens, {"image": options.max_patches, "audio": options.max_frames})
     texts = np.flatnonzero((workload.picture < 0) & (workload.hundredths == 0))
     pack = plan_epoch(workload.lengths(), [texts], [1.0], limits, seed=seed, epoch=0)[0]
     bins = config.audio_arguments()["n_mels"]

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from train.families.megrezo.audio import AudioEncoder
+from train.families.megrezo.model import MegrezO
+from train.families.megrezo.resampler import Resampler, position_embedding
+from train.families.megrezo.vision import VisionTower
 from train.modules.attention import Segments
-from train.modules.audio import AudioEncoder
 from train.modules.llm import packed_hidden_states
 from train.modules.loss import token_losses
-from train.modules.megrezo import MegrezO
-from train.modules.resampler import Resampler, position_embedding
-from train.modules.vision import VisionTower
 from train.schema import IGNORE_INDEX, Batch
 
 
@@ -38,14 +38,14 @@ def loss_sum(model: MegrezO, batch: Batch, savings: Savings) -> Tensor:
     if savings == Savings(True, True, True, True):
         return model(batch=batch).loss_sum
     embeddings = model.get_input_embeddings()(batch.input_ids)
-    if len(batch.slice_sizes):
-        media = (batch.patches, batch.slice_sizes)
+    if "image" in batch.media:
+        media = (batch.media["image"].values, batch.media["image"].sizes)
         seen = model.vision(*media) if savings.pictures else see_padded(model, *media)
-        embeddings = embeddings.index_copy(0, batch.image_places, seen)
-    if len(batch.clip_frames):
-        clips = (batch.mel, batch.clip_frames)
+        embeddings = embeddings.index_copy(0, batch.media["image"].places, seen)
+    if "audio" in batch.media:
+        clips = (batch.media["audio"].values, batch.media["audio"].sizes)
         heard = model.audio(*clips) if savings.clips else hear_padded(model.audio.audio, *clips)
-        embeddings = embeddings.index_copy(0, batch.audio_places, heard)
+        embeddings = embeddings.index_copy(0, batch.media["audio"].places, heard)
     # the token that each position predicts
     labels = torch.full_like(batch.input_ids, IGNORE_INDEX).index_copy(0, batch.target_positions, batch.targets)
     if savings.packing:
@@ -106,7 +106,7 @@ def _padded_resampler(resampler: Resampler, features: Tensor, is_patch: Tensor, 
 
 def hear_padded(encoder: AudioEncoder, mel: Tensor, clip_frames: Tensor) -> Tensor:
     """What `model.audio` gives, (places, D), by way of clips padded to the longest."""
-    rows, is_mel = pad(mel.T.to(encoder.conv1.weight.dtype), clip_frames.tolist())
+    rows, is_mel = pad(mel.to(encoder.conv1.weight.dtype), clip_frames.tolist())
     hidden = F.gelu(encoder.conv1(rows.transpose(1, 2))).where(is_mel[:, None], 0.0)
     hidden = F.gelu(encoder.conv2(hidden)).transpose(1, 2)
     is_frame = is_mel[:, ::2]

@@ -28,8 +28,8 @@ from measure import finish, print_table
 from PIL import Image
 from safetensors.torch import save_file
 
-from train.families import find
-from train.geometry import SAMPLE_RATE
+from train.data.audio import SAMPLE_RATE
+from train.families.registry import find
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"
@@ -120,8 +120,10 @@ def write_model(size: Size, folder: Path) -> int:
     for number in range(1, len(shards) + 1):
         named = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         names[number] = _shard(folder, number).rename(folder / named).name
-    places = {key: names[at] for key, at in weight_map.items()}
-    index = {"metadata": {"total_size": 2 * parameters}, "weight_map": places}
+    index = {
+        "metadata": {"total_size": 2 * parameters},
+        "weight_map": {key: names[at] for key, at in weight_map.items()},
+    }
     _write_json(folder / "model.safetensors.index.json", index)
     return parameters
 

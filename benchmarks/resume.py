@@ -22,9 +22,10 @@ from train.config import DataOptions
 from train.data.loader import StepLoader, StepPlan
 from train.data.plan import Limits
 from train.data.record_set import Measured, RecordSet, SourceSpec
-from train.engine.checkpoint import Checkpoints, saved_state
+from train.engine.checkpoint import Checkpoints
 from train.engine.state import trained_state
-from train.families import find
+from train.export.checkpoint import saved_state
+from train.families.registry import find
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = (10, 100_000)
@@ -39,7 +40,7 @@ def place_of(plan: StepPlan, step: int) -> tuple[int, int]:
 def finding(records: int) -> list[dict[str, Any]]:
     """Seconds from a checkpoint's place to its packs (of drawn records), and to a decoded batch (of the sample)."""
     options = DataOptions()
-    limits = Limits(options.max_tokens, options.max_patches, options.max_frames)
+    limits = Limits(options.max_tokens, {"image": options.max_patches, "audio": options.max_frames})
     drawn = Measured(draw(records).lengths(), ["drawn"] * records, np.array([records]))
     processor = find(ROOT / "data/tiny").load_processor(ROOT / "data/tiny")
     sample = ROOT / "data/sample"
@@ -50,7 +51,7 @@ def finding(records: int) -> list[dict[str, Any]]:
     def plan_of(held: Measured, held_limits: Limits) -> StepPlan:
         return StepPlan(held, [1.0], held_limits, packs_per_step=PACKS_PER_STEP, seed=0, epochs=10**6, max_steps=None)
 
-    small = Limits(512, options.max_patches, options.max_frames)
+    small = Limits(512, {"image": options.max_patches, "audio": options.max_frames})
     rows = []
     for step in STEPS:
         places = [place_of(plan_of(drawn, limits), step), place_of(plan_of(measured, small), step)]

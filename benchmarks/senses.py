@@ -14,8 +14,8 @@ from pathlib import Path
 
 from train.data.collate import collate
 from train.data.record_set import RecordSet, SourceSpec
-from train.families import find
 from train.families.family import quieten_transformers
+from train.families.registry import find
 from train.schema import Sample
 
 GREY = 127
@@ -25,12 +25,14 @@ SILENCE = -1.5
 
 def blank(sample: Sample) -> None:
     """Make every picture grey."""
-    sample.patches.fill_(GREY)
+    if "image" in sample.media:
+        sample.media["image"].values.fill_(GREY)
 
 
 def silence(sample: Sample) -> None:
     """Make every recording silent."""
-    sample.mel.fill_(SILENCE)
+    if "audio" in sample.media:
+        sample.media["audio"].values.fill_(SILENCE)
 
 
 CONDITIONS: dict[str, Callable[[Sample], None]] = {
@@ -54,7 +56,7 @@ def exact_match(model, records: RecordSet, change: Callable[[Sample], None], bat
             collate(samples, [0] * len(samples), [0] * len(samples)), max_new_tokens=16, do_sample=False
         )
         for record, ids in zip(group, answers, strict=True):
-            said = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            said = str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
             for name in (record.type, "all"):
                 right[name] += said == processor.reference(record).strip()
                 total[name] += 1

@@ -26,9 +26,9 @@ from workload import PATCH, QUERIES, draw
 from train.config import MODULES, DataOptions
 from train.data.collate import collate
 from train.data.plan import WINDOW, Limits, plan_epoch
-from train.modules.flops import SLICE_PATCHES, megrezo_flops
-from train.modules.megrezo import MegrezO, MegrezOConfig
-from train.schema import Batch
+from train.families.megrezo.flops import SLICE_PATCHES, megrezo_flops
+from train.families.megrezo.model import MegrezO, MegrezOConfig
+from train.schema import Batch, Kind
 
 WAYS = {
     "plain": Savings(),
@@ -89,7 +89,7 @@ def batches_of(config: MegrezOConfig, packs: int, seed: int) -> tuple[list[Batch
     """The same records in full packs, and shuffled in batches of four."""
     options = DataOptions()
     workload = draw(DRAWN, seed)
-    limits = Limits(options.max_tokens, options.max_patches, options.max_frames)
+    limits = Limits(options.max_tokens, {"image": options.max_patches, "audio": options.max_frames})
     plan = plan_epoch(workload.lengths(), [np.arange(DRAWN)], [1.0], limits, seed=seed, epoch=0)[:packs]
     bins = config.audio_arguments()["n_mels"]
     records = np.random.default_rng(seed).permutation([record for pack in plan for record in pack]).tolist()
@@ -122,27 +122,38 @@ def take_gradient_norm(model: MegrezO) -> float:
     return norm
 
 
+_SAVED: dict[Kind, str] = {"image": "pictures", "audio": "clips"}
+"""The saving that leaves a kind's padding out."""
+
+
 def counted_flops(model: MegrezO, batches: Sequence[Batch], savings: Savings) -> float:
     """Floating-point work of a way, padding and what is computed twice included.
 
     As `modules.flops` counts it, with attention by the lengths at hand: what is masked for being in the future
     is left out, what is masked for being padding is not.
     """
-    flops = megrezo_flops(model, model.config, MODULES)
+    flops = megrezo_flops(model, MODULES)
     vision, audio = model.config.vision_arguments(), model.config.audio_arguments()
     patch_pair = 12 * vision["hidden_size"] * vision["num_hidden_layers"]
     frame_pair = 12 * audio["n_state"] * audio["n_layer"]
     total = 0.0
     for batch in batches:
         tokens = _rows(batch.cu_seqlens.diff(), savings.packing)
-        slices = _rows(batch.slice_sizes.prod(dim=1), savings.pictures)
-        clips = _rows(batch.clip_frames // 2, savings.clips)
+        slices, clips = (_rows(_items(batch, kind), getattr(savings, of)) for kind, of in _SAVED.items())
         total += flops.token * tokens.sum() + flops.token_squared * (tokens**2).sum()
-        total += (flops.patch - patch_pair * SLICE_PATCHES) * slices.sum() + patch_pair * (slices**2).sum()
-        total += flops.frame * 2 * clips.sum() + frame_pair * (clips**2).sum()
+        total += (flops.unit["image"] - patch_pair * SLICE_PATCHES) * slices.sum() + patch_pair * (slices**2).sum()
+        total += flops.unit["audio"] * 2 * clips.sum() + frame_pair * (clips**2).sum()
         # three passes; where logits are not kept, a fourth makes them again
         total += flops.head * (4 / 3 * len(batch.targets) if savings.head else tokens.sum())
     return float(total)
+
+
+def _items(batch: Batch, kind: Kind) -> torch.Tensor:
+    """What attends to itself in a tower: patches of each slice, encoder frames of each clip."""
+    if kind not in batch.media:
+        return torch.empty(0)
+    sizes = batch.media[kind].sizes
+    return sizes.prod(dim=1) if kind == "image" else sizes // 2
 
 
 def _rows(lengths: torch.Tensor, unpadded: bool) -> np.ndarray:
@@ -153,7 +164,7 @@ def _rows(lengths: torch.Tensor, unpadded: bool) -> np.ndarray:
 
 def useful_flops(model: MegrezO, packs: Sequence[Batch]) -> float:
     """What the step has to compute, nothing twice: the numerator of the model FLOPs utilization (MFU)."""
-    flops = megrezo_flops(model, model.config, MODULES)
+    flops = megrezo_flops(model, MODULES)
     again = flops.head / 3 * sum(len(batch.targets) for batch in packs)
     return counted_flops(model, packs, WAYS["all"]) - again
 
@@ -210,8 +221,8 @@ def figures_of(chosen: argparse.Namespace) -> dict[str, Any]:
         "records": sum(len(batch.records) for batch in packs),
         "tokens": sum(len(batch.input_ids) for batch in packs),
         "supervised_tokens": supervised,
-        "patches": sum(len(batch.patches) for batch in packs),
-        "frames": sum(batch.mel.shape[1] for batch in packs),
+        "patches": sum(batch.units("image") for batch in packs),
+        "frames": sum(batch.units("audio") for batch in packs),
         "ways": rows,
     }
     if chosen.peak_tflops:

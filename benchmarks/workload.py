@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from train.geometry import HOP, audio_places, mel_frames, picture_layout
-from train.schema import IGNORE_INDEX, Sample
+from train.families.megrezo.geometry import HOP, audio_places, mel_frames, picture_layout
+from train.schema import IGNORE_INDEX, Kind, Media, Sample
 
 SHARES = {"caption": 0.4, "speech": 0.3, "text": 0.2, "spoken_picture": 0.1}
 """Records of each kind: a picture and text; a recording and its words; text alone; a picture and a recording."""
@@ -94,16 +93,19 @@ class Workload:
         places = max(int(_CLIP_TOKENS[self.hundredths[record]]) - _ENDS, 0)
         input_ids = torch.randint(_MARKER + 1, vocabulary, (tokens,), generator=random)
         is_learned = torch.arange(tokens) >= tokens - int(self.answer[record])
+        media: dict[Kind, Media] = {}
+        if slices:
+            pixels = torch.randint(0, 256, (patches, 3 * PATCH**2), dtype=torch.uint8, generator=random)
+            media["image"] = Media(pixels, torch.tensor(slices), torch.cat(image_places))
+        if frames:
+            mel = torch.randn(frames, mel_bins, generator=random)
+            media["audio"] = Media(mel, torch.tensor([frames]), torch.arange(places) + before_clip + 1)
         return Sample(
             input_ids=input_ids.where(is_learned, _MARKER),
+            position_ids=torch.arange(tokens),
             labels=input_ids.where(is_learned, IGNORE_INDEX),
             loss_weights=is_learned.float(),
-            patches=torch.randint(0, 256, (patches, 3 * PATCH**2), dtype=torch.uint8, generator=random),
-            slice_sizes=torch.tensor(slices, dtype=torch.int64).reshape(-1, 2),
-            image_places=_joined(image_places),
-            mel=torch.randn(mel_bins, frames, generator=random),
-            clip_frames=torch.tensor([frames] if frames else [], dtype=torch.int64),
-            audio_places=torch.arange(places) + before_clip + 1,
+            media=media,
         )
 
     def lengths_of(self, record: int) -> np.ndarray:
@@ -150,10 +152,6 @@ def _slices(picture: int) -> list[tuple[int, int]]:
     layout = _LAYOUTS[picture]
     sizes = [layout.thumbnail] + [layout.cell] * (layout.slices - 1)
     return [(height // PATCH, width // PATCH) for width, height in sizes]
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
 
 
 _LAYOUTS = [picture_layout(*size, scale=SCALE, patch=PATCH, max_slices=MAX_SLICES) for size in PICTURES]

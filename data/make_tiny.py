@@ -16,8 +16,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train.data.chat import CHAT_TEMPLATE_JINJA, DEFAULT_SYSTEM_PROMPT, MINICPM_TEMPLATE_JINJA
 from train.data.readers import open_source
+from train.families.megrezo.template import CHAT_TEMPLATE_JINJA, DEFAULT_SYSTEM_PROMPT
+from train.families.minicpm.template import MINICPM_TEMPLATE_JINJA
 
 SPECIAL_TOKENS = (
     *("<|eos|>", "<|unk|>", "<|pad|>", "<|role_start|>", "<|role_end|>", "<|turn_end|>"),

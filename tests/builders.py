@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.modules.megrezo import MegrezO, MegrezOConfig
-from train.schema import IGNORE_INDEX, Batch, Sample
+from train.families.megrezo.model import MegrezO, MegrezOConfig
+from train.schema import IGNORE_INDEX, KINDS, Batch, Kind, Media, Sample
 
 
 def tiny_config(**overrides: Any) -> MegrezOConfig:
@@ -90,16 +90,25 @@ def make_sample(
     is_learned = torch.arange(tokens) >= tokens - learned
     weights = torch.rand(tokens, generator=random) + 0.5
     patches = sum(height * width for height, width in slices)
+    media: dict[Kind, Media] = {}
+    if slices:
+        media["image"] = Media(
+            values=torch.randint(0, 256, (patches, 3 * config.patch_size**2), dtype=torch.uint8, generator=random),
+            sizes=torch.tensor(slices, dtype=torch.int64),
+            places=_cat(places[: len(slices)]),
+        )
+    if clips:
+        media["audio"] = Media(
+            values=torch.randn(config.audio_config["n_mels"], sum(clips), generator=random).T,
+            sizes=torch.tensor(clips, dtype=torch.int64),
+            places=_cat(places[len(slices) :]),
+        )
     return Sample(
         input_ids=input_ids,
+        position_ids=torch.arange(tokens),
         labels=input_ids.where(is_learned, IGNORE_INDEX),
         loss_weights=weights * is_learned,
-        patches=torch.randint(0, 256, (patches, 3 * config.patch_size**2), dtype=torch.uint8, generator=random),
-        slice_sizes=torch.tensor(slices, dtype=torch.int64).reshape(-1, 2),
-        image_places=_cat(places[: len(slices)]),
-        mel=torch.randn(config.audio_config["n_mels"], sum(clips), generator=random),
-        clip_frames=torch.tensor(clips, dtype=torch.int64),
-        audio_places=_cat(places[len(slices) :]),
+        media=media,
     )
 
 
@@ -109,6 +118,15 @@ def make_batch(samples: Sequence[Sample]) -> Batch:
     starts = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
     placed = list(zip(starts, samples, strict=False))
     learned = [(sample.labels != IGNORE_INDEX).nonzero().squeeze(1) for sample in samples]
+    media: dict[Kind, Media] = {}
+    for kind in KINDS:
+        held = [(start, sample.media[kind]) for start, sample in placed if kind in sample.media]
+        if held:
+            media[kind] = Media(
+                values=torch.cat([of.values for _, of in held]),
+                sizes=torch.cat([of.sizes for _, of in held]),
+                places=_cat([start + of.places for start, of in held]),
+            )
     return Batch(
         input_ids=_cat([sample.input_ids for sample in samples]),
         position_ids=_cat([torch.arange(length) for length in lengths]),
@@ -117,14 +135,15 @@ def make_batch(samples: Sequence[Sample]) -> Batch:
         targets=_cat([sample.labels[at] for sample, at in zip(samples, learned, strict=True)]),
         loss_weights=torch.cat([s.loss_weights[at] for s, at in zip(samples, learned, strict=True)]),
         target_sources=torch.zeros(sum(len(at) for at in learned), dtype=torch.int64),
-        patches=torch.cat([sample.patches for sample in samples]),
-        slice_sizes=torch.cat([sample.slice_sizes for sample in samples]),
-        image_places=_cat([start + sample.image_places for start, sample in placed]),
-        mel=torch.cat([sample.mel for sample in samples], dim=1),
-        clip_frames=_cat([sample.clip_frames for sample in samples]),
-        audio_places=_cat([start + sample.audio_places for start, sample in placed]),
+        media=media,
         records=list(range(len(samples))),
     )
+
+
+def media_of(held: Sample | Batch, kind: Kind) -> Media:
+    """The media of a kind; empty where there are none."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    return held.media.get(kind, Media(nothing, nothing, nothing))
 
 
 def mixed_samples(config: MegrezOConfig, seed: int = 0) -> list[Sample]:

@@ -3,19 +3,31 @@
 Letters for tensor shapes, used everywhere:
 
     T  tokens          N  samples         M  supervised tokens
-    S  slices          P  patches         Q  places of one slice (the resampler's queries)
-    C  clips           F  mel frames      B  mel bins
+    U  units of media, the smallest pieces that a tower reads (a patch, a mel frame)
+    I  items of media, which see nothing of each other (a slice of a picture, a clip)
     D  a width
 """
 
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 IGNORE_INDEX = -100
 """Label of a token that is not learned."""
+
+Kind = Literal["image", "audio"]
+
+KINDS: tuple[Kind, ...] = ("image", "audio")
+"""The kinds of media, in the order in which tables have them."""
+
+TooLong = Literal["quarantine", "cut_text"]
+"""What becomes of a record that is too long: set aside, or its text shortened from the end."""
 
 MediaSource = str | bytes
 """A picture or recording: the path of a file, or the encoded file itself."""
@@ -25,7 +37,7 @@ MediaSource = str | bytes
 class Part:
     """A piece of a turn. `content` is the text itself, or the medium's source."""
 
-    kind: Literal["text", "image", "audio"]
+    kind: Literal["text"] | Kind
     content: MediaSource
 
 
@@ -59,9 +71,33 @@ class Lengths:
     """What a record will cost, known before its media are decoded."""
 
     tokens: int
-    patches: int = 0
-    frames: int = 0
-    """mel frames of all its clips, 10 ms each"""
+    units: Mapping[Kind, int] = field(default_factory=dict)
+    """units of each kind of media that it holds"""
+
+    def row(self) -> tuple[int, ...]:
+        """Tokens, then the units of each of KINDS: a row of a table of lengths."""
+        return (self.tokens, *(self.units.get(kind, 0) for kind in KINDS))
+
+
+@dataclass(slots=True)
+class Media:
+    """The media of one kind in a sample or a batch, item after item without padding, and where they belong."""
+
+    values: Tensor
+    """(U, ...): what the tower reads, a row for each unit"""
+    sizes: Tensor
+    """int64 (I, ...), on the CPU always, since shapes are made of it: the size of each item in units"""
+    places: Tensor
+    """int64: token indices that the tower's output replaces, in its order"""
+
+    @classmethod
+    def joined(cls, media: Sequence["Media"], starts: Sequence[int]) -> "Media":
+        """The media of several samples as those of one, whose tokens begin at `starts`."""
+        return cls(
+            values=torch.cat([item.values for item in media]),
+            sizes=torch.cat([item.sizes for item in media]),
+            places=torch.cat([item.places + start for item, start in zip(media, starts, strict=True)]),
+        )
 
 
 @dataclass(slots=True)
@@ -73,32 +109,24 @@ class Sample:
 
     input_ids: Tensor
     """int64 (T,)"""
+    position_ids: Tensor
+    """int64 (T,) or (R, T): one or several rows of positions, as the model family has them"""
     labels: Tensor
     """int64 (T,): the token's own id where it is learned (not shifted), IGNORE_INDEX elsewhere."""
     loss_weights: Tensor
     """float32 (T,): the turn's weight where the token is learned, 0 elsewhere."""
-    patches: Tensor
-    """uint8 (P, 3·patch²): raw pixels of each patch, channel by channel, slice after slice."""
-    slice_sizes: Tensor
-    """int64 (S, 2): height and width of each slice in patches."""
-    image_places: Tensor
-    """int64 (S·Q,): token indices that the resampler's output replaces, in its order."""
-    mel: Tensor
-    """float32 (B, F): log-mel frames, 10 ms each, clip after clip."""
-    clip_frames: Tensor
-    """int64 (C,): mel frames of each clip (even)."""
-    audio_places: Tensor
-    """int64: token indices that the audio encoder's output replaces, in its order."""
+    media: dict[Kind, Media] = field(default_factory=dict)
+    """of the kinds that the conversation holds"""
 
 
 @dataclass(slots=True)
 class Batch:
-    """Samples of one pack, flat: no padding anywhere. Places and positions count in the flat tokens."""
+    """Samples of one pack, flat: no padding anywhere. Places count in the flat tokens, positions in each sample."""
 
     input_ids: Tensor
     """int64 (T,)"""
     position_ids: Tensor
-    """int64 (T,): starts again at 0 with each sample."""
+    """int64 (T,) or (R, T): begins again with each sample."""
     cu_seqlens: Tensor
     """int32 (N + 1,), on the CPU always: where each sample begins, and the end."""
     target_positions: Tensor
@@ -109,34 +137,64 @@ class Batch:
     """float32 (M,)"""
     target_sources: Tensor
     """int64 (M,): index of the data source that each learned token came from."""
-    patches: Tensor
-    """uint8 (P, 3·patch²)"""
-    slice_sizes: Tensor
-    """int64 (S, 2), on the CPU always: shapes are made of it."""
-    image_places: Tensor
-    """int64 (S·Q,)"""
-    mel: Tensor
-    """float32 (B, F)"""
-    clip_frames: Tensor
-    """int64 (C,), on the CPU always: shapes are made of it."""
-    audio_places: Tensor
-    """int64"""
+    media: dict[Kind, Media] = field(default_factory=dict)
+    """of the kinds that some sample holds"""
     records: list[int] = field(default_factory=list)
     """Index of each sample's record in the data set."""
 
-    _STAYS_ON_CPU = ("cu_seqlens", "slice_sizes", "clip_frames")
+    def units(self, kind: Kind) -> int:
+        """Units of a kind of media in the whole pack."""
+        return len(self.media[kind].values) if kind in self.media else 0
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device, copied without waiting where memory is pinned."""
-        return self._map(lambda name, x: x if name in self._STAYS_ON_CPU else x.to(device, non_blocking=True))
+        return self._map(lambda x: x.to(device, non_blocking=True), on_cpu=lambda x: x)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory (what DataLoader calls)."""
-        return self._map(lambda _, x: x.pin_memory())
+        return self._map(Tensor.pin_memory, on_cpu=Tensor.pin_memory)
 
-    def _map(self, change) -> "Batch":
-        moved = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            moved[item.name] = change(item.name, value) if isinstance(value, Tensor) else value
-        return Batch(**moved)
+    def _map(self, change: Callable[[Tensor], Tensor], on_cpu: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        changed |= {name: change(value) for name, value in changed.items() if isinstance(value, Tensor)}
+        changed["cu_seqlens"] = on_cpu(self.cu_seqlens)
+        changed["media"] = {
+            kind: Media(change(media.values), on_cpu(media.sizes), change(media.places))
+            for kind, media in self.media.items()
+        }
+        return Batch(**changed)
+
+
+class Processor(Protocol):
+    """A model folder's way from records to samples: tokenizer, chat template, and media if its model takes any."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    system_prompt: str | None
+    """Put first where a conversation has no system turn; None takes the family's, "" none."""
+    long_audio: str
+    """What becomes of a clip that is longer than the model takes: `quarantine` or `cut`."""
+
+    @property
+    def roles(self) -> Collection[str]:
+        """The roles that a conversation may have."""
+        ...
+
+    def measure(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Lengths:
+        """The lengths that `encode` will give, from headers alone; BadRecord where it would fail for its length."""
+        ...
+
+    def encode(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Sample:
+        """The record with its media decoded; BadRecord if it is too long, or a medium cannot be used."""
+        ...
+
+    def prompt(self, record: Record, *, max_tokens: int | None = None) -> Sample:
+        """The conversation up to its last answer, ending with the generation prompt."""
+        ...
+
+    def reference(self, record: Record) -> str:
+        """The text of the last answer."""
+        ...
+
+    def prompts(self, conversations: Sequence[Sequence[Mapping[str, Any]]], *, max_tokens: int) -> Batch:
+        """The batch that asks for the next turn of each conversation, given as messages."""
+        ...

@@ -21,7 +21,7 @@ from train.data.workers import Workers  # noqa: E402
 from train.engine.evaluator import Evaluator  # noqa: E402
 from train.engine.launch import close, make_accelerator, world_size  # noqa: E402
 from train.engine.measuring import measure_alike  # noqa: E402
-from train.families import find  # noqa: E402
+from train.families.registry import find  # noqa: E402
 
 
 def main(folder: Path) -> None:

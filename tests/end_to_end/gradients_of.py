@@ -20,7 +20,7 @@ from train.data.loader import RecordSet  # noqa: E402
 from train.engine.build import build  # noqa: E402
 from train.engine.build_data import source_specs  # noqa: E402
 from train.engine.launch import close  # noqa: E402
-from train.families import find  # noqa: E402
+from train.families.registry import find  # noqa: E402
 
 
 def main(out: str, packs_of_ranks: str, *words: str) -> None:

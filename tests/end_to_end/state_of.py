@@ -26,11 +26,11 @@ def main(*words: str) -> None:
         for target, group in zip(optimizer.param_groups, trainer.train_step.rates.groups, strict=True)
     ]
     counts = sorted({float(state["step"]) for state in inner(optimizer).state.values() if state})
-    trainer.checkpoints.folder = run.folder / "again"
+    trainer.checkpoints.folder = run.folder.path / "again"
     trainer.save()
     trainer.checkpoints.newest()
     if run.accelerator.is_main_process:
-        (run.folder / "again" / "settings.json").write_text(json.dumps({"groups": settings, "updates": counts}))
+        (run.folder.path / "again" / "settings.json").write_text(json.dumps({"groups": settings, "updates": counts}))
     close(run.accelerator)
 
 

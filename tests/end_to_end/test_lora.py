@@ -108,7 +108,7 @@ def test_qlora_is_exported_onto_the_base_as_it_was(tmp_path: Path) -> None:
             if isinstance(layer, Linear4bit):
                 weight = rounded.get_parameter(canonical_name(f"{name}.weight"))
                 weight.copy_(dequantize_4bit(layer.weight.data, layer.weight.quant_state))
-        adapter = PeftModel.from_pretrained(rounded, run.folder / "export/adapter")
+        adapter = PeftModel.from_pretrained(rounded, run.folder.export / "adapter")
         assert distance(adapter.eval().get_base_model().logits(batch), logits["trained"]) < 1e-4
     assert resumed_losses(how, tmp_path) == losses(tmp_path / "run")[2:]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.runs import build_here, launch, losses, metrics, trained_model, write_records
 from train.commands.main import main
 from train.errors import ConfigError
-from train.inference.convert import convert
+from train.export.convert import convert
 
 pytestmark = pytest.mark.end_to_end
 
@@ -83,7 +83,7 @@ def test_modules_that_are_absent_are_refused(given: str, said: str, tmp_path: Pa
 def test_a_record_with_a_picture_is_set_aside(tmp_path: Path) -> None:
     data = write_records(tmp_path, train=20, held_out=20)
     run = build_here([*words("tiny_instruct", "none", "none", tmp_path / "run"), *data, "data.max_bad_fraction=1"])
-    quarantined = [json.loads(line)["reason"] for line in (run.folder / "quarantine.jsonl").read_text().splitlines()]
+    quarantined = [json.loads(line)["reason"] for line in (run.folder.quarantine).read_text().splitlines()]
     assert quarantined
     for reason in quarantined:
         assert re.search(r"it holds an (image|audio), and this model reads text alone; take it out$", reason)

@@ -44,7 +44,7 @@ def test_the_chat_loop_answers_from_the_texts(tmp_path: Path, capsys: pytest.Cap
         ]
     )
     run.trainer.fit()
-    assert losses(run.folder)[-1] < 0.1
+    assert losses(run.folder.path)[-1] < 0.1
     main(["chat", str(run.export()), QUESTION, "--search", str(TEXTS), "--max-new-tokens", "40"])
     said = capsys.readouterr()
     assert said.out == f"{answer}\n"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.builders import media_of
 from tests.runs import ROOT, write_records
 from tests.unit.data.test_loader import TINY, plan_of, record_set
 from train.data.lengths import LengthCache
@@ -20,7 +21,7 @@ from train.data.loader import StepLoader
 from train.data.record_set import RecordSet
 from train.data.workers import Workers
 from train.errors import OmniTuneError
-from train.families import find
+from train.families.registry import find
 
 pytestmark = pytest.mark.end_to_end
 
@@ -40,8 +41,8 @@ def test_workers_decode_the_same_batches(tmp_path: Path, processor: Any) -> None
     for mine, theirs in zip(here, there, strict=True):
         for a, b in zip(mine.batches, theirs.batches, strict=True):
             assert a.records == b.records
-            assert a.mel.equal(b.mel)
-            assert a.patches.equal(b.patches)
+            assert media_of(a, "audio").values.equal(media_of(b, "audio").values)
+            assert media_of(a, "image").values.equal(media_of(b, "image").values)
 
 
 class Treacherous:
@@ -181,7 +182,7 @@ from pathlib import Path
 from tests.unit.data.test_loader import TINY, plan_of, record_set
 from train.data.loader import StepLoader
 from train.data.workers import Workers
-from train.families import find
+from train.families.registry import find
 
 if __name__ == "__main__":
     records = record_set(Path({str(tmp_path)!r}), find(TINY).load_processor(TINY), workers=Workers(1))

@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.builders import make_batch, mixed_samples, tiny_megrezo
+from tests.builders import make_batch, media_of, mixed_samples, tiny_megrezo
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OURS = ("measure", "workload", "plain", "step", "data", "loss", "dummies", "resume")
@@ -145,10 +145,14 @@ def test_samples_have_the_lengths_that_were_drawn(load: Any) -> None:
     drawn = load("workload").draw(30, seed=1)
     for record, lengths in enumerate(drawn.lengths()):
         sample = drawn.sample(record, vocabulary=100, mel_bins=8)
-        assert (len(sample.input_ids), len(sample.patches), sample.mel.shape[1]) == tuple(lengths)
-        assert sample.slice_sizes.prod(dim=1).sum() == lengths[1]
-        assert len(sample.image_places) == 64 * len(sample.slice_sizes)
+        assert (
+            len(sample.input_ids),
+            len(media_of(sample, "image").values),
+            len(media_of(sample, "audio").values),
+        ) == tuple(lengths)
+        assert sum(height * width for height, width in media_of(sample, "image").sizes.tolist()) == lengths[1]
+        assert len(media_of(sample, "image").places) == 64 * len(media_of(sample, "image").sizes)
         assert int((sample.labels >= 0).sum()) == drawn.answer[record]
-        places = torch.cat([sample.image_places, sample.audio_places])
+        places = torch.cat([media_of(sample, "image").places, media_of(sample, "audio").places])
         assert len(places.unique()) == len(places)
         assert not len(places) or int(places.max()) < lengths[0] - drawn.answer[record]

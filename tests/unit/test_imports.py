@@ -9,23 +9,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "train").rglob("*.py"))
 
-BASE = {"train.schema", "train.errors", "train.geometry", "train.announce", "train.settings"}
+BASE = {"train.schema", "train.errors", "train.announce", "train.settings", "train.run_folder"}
 OURS = {
     "train.schema": set(),
     "train.errors": set(),
-    "train.geometry": set(),
     "train.announce": set(),
     "train.settings": {"train.errors"},
+    "train.run_folder": set(),
     "train.config": {"train.errors"},
     "train.launcher": {"train.launcher"},
-    "train.checks": {"train.schema", "train.errors", "train.geometry", "train.config"},
+    "train.checks": {"train.schema", "train.errors", "train.config"},
     "train.data": BASE | {"train.data"},
     "train.modules": BASE | {"train.modules"},
     "train.families": BASE | {"train.families", "train.data", "train.modules"},
     "train.auto": BASE | {"train.families", "train.data", "train.modules"},
+    "train.sources": BASE | {"train.config", "train.families", "train.data"},
+    "train.export": BASE
+    | {"train.export", "train.config", "train.checks", "train.families", "train.data", "train.modules"},
     "train.inference": BASE | {"train.inference", "train.auto", "train.families", "train.data", "train.modules"},
     "train.engine": BASE
-    | {"train.config", "train.checks", "train.engine", "train.inference", "train.families"}
+    | {
+        "train.config",
+        "train.checks",
+        "train.sources",
+        "train.engine",
+        "train.export",
+        "train.inference",
+        "train.families",
+    }
     | {"train.data", "train.modules"},
 }
 ONLY_IN = {
@@ -57,6 +68,11 @@ def imports(file: Path) -> set[str]:
     return found - {"train"}
 
 
+def ours(file: Path) -> set[str]:
+    """The imports of this project's own modules."""
+    return {name for name in imports(file) if name.startswith("train.")}
+
+
 def within(module: str, rooms: set[str] | tuple[str, ...]) -> bool:
     return any(module == room or module.startswith(f"{room}.") for room in rooms)
 
@@ -71,6 +87,20 @@ def test_imports_keep_to_the_rooms(file: Path) -> None:
         for owner, allowed in OURS.items():
             if within(importer, (owner,)) and room == "train":
                 assert within(imported, allowed), f"{importer} may not import {imported}"
+
+
+FAMILY_FILES = [file for file in FILES if len(file.relative_to(ROOT).parts) == 4 and "families" in file.parts]
+
+
+@pytest.mark.parametrize("file", FAMILY_FILES, ids=module_name)
+def test_only_a_familys_declaration_knows_both_its_model_and_its_processor(file: Path) -> None:
+    assert file.name == "__init__.py" or not {"data", "modules"} <= {name.split(".")[1] for name in ours(file)}
+    if file.name == "geometry.py":
+        assert not ours(file)
+
+
+def test_there_are_families_to_look_at() -> None:
+    assert {file.parent.name for file in FAMILY_FILES} >= {"megrezo", "megrez_instruct", "minicpm"}
 
 
 MODEL_NAMES = re.compile(r"megrez|minicpm|llama|granite", re.I)

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from train.data.records import parse_record
-from train.geometry import picture_layout
+from train.families.megrezo.geometry import picture_layout
 
 DATA = Path(__file__).parents[2] / "data"
 SAMPLE, TINY = DATA / "sample", DATA / "tiny"

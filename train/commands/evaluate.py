@@ -34,11 +34,12 @@ def run(chosen: argparse.Namespace) -> None:
     options = _options(chosen)
 
     from train.checks import check_evaluation
-    from train.engine.build_data import length_cache, load_processor, make_evaluator, open_records
+    from train.engine.build_data import length_cache, make_evaluator
     from train.engine.evaluator import write_predictions
     from train.engine.launch import close, make_accelerator
     from train.engine.measuring import measure_alike
-    from train.families import find
+    from train.families.registry import find
+    from train.sources import load_processor, open_records
 
     check_evaluation(options)
     family = find(chosen.model)

@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> None:
     """Export, check, and say where to."""
-    from train.inference.convert import convert
+    from train.export.convert import convert
 
     if chosen.out:
         _check_free(chosen.out)
@@ -52,18 +52,18 @@ def run(chosen: argparse.Namespace) -> None:
 
 def _export(chosen: argparse.Namespace, out: Path | None) -> None:
     from train.commands.options import read_options
-    from train.engine.build import RANDOM_MODEL, export_checkpoint
-    from train.engine.checkpoint import newest_whole
+    from train.export.checkpoint import newest_whole
+    from train.export.run import export_checkpoint
+    from train.run_folder import RunFolder
 
     checkpoint = newest_whole(chosen.checkpoint)
-    folder = checkpoint.parent.parent
-    config = folder / "config.yaml"
-    if not config.is_file():
-        raise CheckpointError(f"'{folder}' has no config.yaml, so '{checkpoint}' is not a checkpoint of a run")
-    options = read_options(config)
+    folder = RunFolder(checkpoint.parent.parent)
+    if not folder.config.is_file():
+        raise CheckpointError(f"'{folder.path}' has no config.yaml, so '{checkpoint}' is not a checkpoint of a run")
+    options = read_options(folder.config)
     options.run.export_with_code |= chosen.with_code
-    base = Path(options.model.path) if options.model.path else folder / RANDOM_MODEL
-    out = out or folder / "export"
+    base = Path(options.model.path) if options.model.path else folder.initial_model
+    out = out or folder.export
     _check_free(out)
     export_checkpoint(options, base, checkpoint, out, _records(options, base, chosen.data, chosen.root))
     print(f"exported {checkpoint} to {out}")
@@ -79,8 +79,8 @@ def _check_free(out: Path) -> None:
 def _records(options: "Options", base: Path, data: Path | None, root: Path | None) -> "RecordSet":
     """The run's held-out records, or those of training, or those of `data`."""
     from train.config import SourceOptions
-    from train.engine.build_data import load_processor, open_records
-    from train.families import find
+    from train.families.registry import find
+    from train.sources import load_processor, open_records
 
     sources = options.data.eval or options.data.train
     if data:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from io import FileIO
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from transformers import WhisperFeatureExtractor
 
 from train.data.media import head_of, header_of, reading
 from train.errors import BadRecord
-from train.geometry import HOP, SAMPLE_RATE, clip_samples, mel_frames
 from train.schema import MediaSource
+
+SAMPLE_RATE = 16_000
+"""Samples a second of every clip that is handed on."""
 
 MAX_RATE = 384_000
 """Highest sampling rate that is decoded, in Hz."""
@@ -50,6 +53,11 @@ _SNDFILE_HEADS = re.compile(rb"RIFF|RIFX|RF64|FORM|caff|\.snd|NIST|fLaC|OggS|ID3
 _MPEG_HEADS = re.compile(rb"ID3|\xff|RI")  # a WAV may hold an MP3
 _AV_BOUNDS = {"max_samples": str(_BLOCK)}
 _AV_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,aac,matroska,webm,asf,amr,mp3,wav,ogg,flac"
+
+
+def clip_samples(seconds: float) -> int:
+    """Samples at 16 kHz of a recording of that duration, rounded up."""
+    return ceil(round(seconds * SAMPLE_RATE, 3))
 
 
 def clip_length(source: MediaSource) -> int:
@@ -100,20 +108,21 @@ def fit_clip(clip: np.ndarray, samples: int, tolerance: float) -> np.ndarray:
     return clip[:samples] if excess >= 0 else np.pad(clip, (0, -excess))
 
 
-def log_mel(clip: np.ndarray, feature_extractor: WhisperFeatureExtractor) -> Tensor:
-    """Whisper's log-mel frames of a clip: float32 (B, F), F = mel_frames(samples), 10 ms each.
+def log_mel(clip: np.ndarray, feature_extractor: WhisperFeatureExtractor, frames: int) -> Tensor:
+    """Whisper's first log-mel frames of a clip: float32 (frames, mel bins), a hop each.
 
-    They are those of the clip padded to the extractor's 30 s, but without computing the silence.
+    They are those of the clip padded to the extractor's longest, but without computing the silence.
 
     Args:
         clip: float32 (samples,), mono at 16 kHz, at most `feature_extractor.n_samples` of them.
     """
     # A frame reaches 200 samples to both sides, and the edge is mirrored: five hops of zeros leave every
     # frame that touches the clip, and so the maximum over all frames, as they are before 30 s of zeros.
-    padded = np.zeros(min((len(clip) // HOP + 6) * HOP, feature_extractor.n_samples), np.float32)
+    hop = feature_extractor.hop_length
+    padded = np.zeros(min((len(clip) // hop + 6) * hop, feature_extractor.n_samples), np.float32)
     padded[: len(clip)] = clip
     features = feature_extractor(padded, sampling_rate=SAMPLE_RATE, padding="do_not_pad", return_tensors="np")
-    return torch.from_numpy(features["input_features"][0, :, : mel_frames(len(clip))].copy())
+    return torch.from_numpy(features["input_features"][0, :, :frames].T.copy())
 
 
 def _stated_seconds(header: Any) -> float | None:

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from train.schema import IGNORE_INDEX, Batch, Sample
+from train.schema import IGNORE_INDEX, KINDS, Batch, Media, Sample
 
 
 def collate(samples: Sequence[Sample], sources: Sequence[int], records: Sequence[int]) -> Batch:
@@ -31,34 +30,24 @@ def collate(samples: Sequence[Sample], sources: Sequence[int], records: Sequence
     else:
         positions, targets = learned - 1, labels[learned]
     source_of_sample = torch.tensor(sources, dtype=torch.int64)
-
-    def flat(name: str, dim: int = 0) -> Tensor:
-        return torch.cat([getattr(sample, name) for sample in samples], dim)
-
-    def places(name: str) -> Tensor:
-        return torch.cat([getattr(sample, name) + start for sample, start in zip(samples, starts, strict=True)])
-
+    starting = list(zip(samples, starts.tolist(), strict=True))
+    held = {kind: [(of.media[kind], start) for of, start in starting if kind in of.media] for kind in KINDS}
     return Batch(
-        input_ids=flat("input_ids"),
-        position_ids=torch.cat([torch.arange(int(length)) for length in lengths]),
+        input_ids=torch.cat([sample.input_ids for sample in samples]),
+        position_ids=torch.cat([sample.position_ids for sample in samples], dim=-1),
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32),
         target_positions=positions,
         targets=targets,
         loss_weights=weights,
         target_sources=source_of_sample[torch.searchsorted(ends, positions, right=True)],
-        patches=flat("patches"),
-        slice_sizes=flat("slice_sizes"),
-        image_places=places("image_places"),
-        mel=flat("mel", dim=1),
-        clip_frames=flat("clip_frames"),
-        audio_places=places("audio_places"),
+        media={kind: Media.joined(*zip(*found, strict=True)) for kind, found in held.items() if found},
         records=list(records),
     )
 
 
 def _empty() -> Batch:
     """A pack of weight zero: one token from which nothing is learned."""
-    zero, none = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    zero = torch.zeros(1, dtype=torch.int64)
     return Batch(
         input_ids=zero,
         position_ids=zero,
@@ -67,10 +56,4 @@ def _empty() -> Batch:
         targets=zero,
         loss_weights=torch.zeros(1),
         target_sources=zero,
-        patches=torch.zeros(0, 0, dtype=torch.uint8),
-        slice_sizes=torch.zeros(0, 2, dtype=torch.int64),
-        image_places=none,
-        mel=torch.zeros(0, 0),
-        clip_frames=none,
-        audio_places=none,
     )

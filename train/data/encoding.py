@@ -1,10 +1,10 @@
 """From a `Record` to its lengths and to a `Sample`: what the processors of all model families share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +14,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from train.data.chat import ChatTemplate, Segment, TextEncoder
 from train.data.prompting import PromptMixin
 from train.errors import BadRecord, CheckpointError
-from train.geometry import PictureLayout
-from train.schema import IGNORE_INDEX, Lengths, MediaSource, Record, Sample
-
-TooLong = Literal["quarantine", "cut_text"]
+from train.schema import IGNORE_INDEX, KINDS, Kind, Lengths, Media, MediaSource, Record, Sample, TooLong
 
 
 @dataclass(slots=True)
 class Medium:
     """A picture or clip among the tokens: the tokens [begin, end) that it fills, and its places in them."""
 
+    kind: Kind
     source: MediaSource
-    size: PictureLayout | int
-    """a picture's layout, or a clip's samples at 16 kHz"""
+    size: Any
+    """what the header told, in the family's own form"""
     begin: int
     end: int
     places: np.ndarray
@@ -38,8 +36,7 @@ class Tokens:
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    pictures: list[Medium] = field(default_factory=list)
-    clips: list[Medium] = field(default_factory=list)
+    media: list[Medium] = field(default_factory=list)
 
     def extend(self, ids: list[int], weight: float = 0.0) -> None:
         self.ids += ids
@@ -47,23 +44,32 @@ class Tokens:
 
     def cut(self, limit: int) -> None:
         """Drop the tokens from `limit` on, and a medium as a whole where that falls inside it."""
-        for medium in self.pictures + self.clips:
+        for medium in self.media:
             if medium.begin < limit < medium.end:
                 limit = medium.begin
         del self.ids[limit:], self.weights[limit:]
-        self.pictures = [medium for medium in self.pictures if medium.end <= limit]
-        self.clips = [medium for medium in self.clips if medium.end <= limit]
+        self.media = [medium for medium in self.media if medium.end <= limit]
+
+    def of(self, kind: Kind) -> list[Medium]:
+        """The media of a kind, in order."""
+        return [medium for medium in self.media if medium.kind == kind]
 
 
 class RecordProcessor(PromptMixin):
     """Lays records out as tokens by a chat template; a model of text alone takes no media.
 
-    A processor of media overrides `_lay_out_medium`, `_lengths` and `_media`.
+    A processor of media overrides `_lay_out_medium`, `_units` and `_decoded`; one of several rows of positions
+    `_positions`.
     """
 
     template: ChatTemplate
     system_prompt: str | None
     """Put first where a conversation has no system turn; None takes the template's, "" none."""
+
+    @property
+    def roles(self) -> Collection[str]:
+        """The roles that a conversation may have."""
+        return self.template.roles
 
     def _read_tokenizer(self, tokenizer: PreTrainedTokenizerBase, specials: Sequence[str] = ()) -> None:
         """Take over a tokenizer, which must have the template's special tokens and `specials`."""
@@ -82,7 +88,7 @@ class RecordProcessor(PromptMixin):
         """The lengths that `encode` will give, from headers alone; what is too long fails here already."""
         with _located(record):
             tokens = self._lay_out(record, False, max_tokens, too_long)
-        return self._lengths(tokens)
+        return Lengths(len(tokens.ids), {kind: sum(map(self._units, media)) for kind, media in _by_kind(tokens)})
 
     def encode(
         self,
@@ -104,16 +110,15 @@ class RecordProcessor(PromptMixin):
         """
         with _located(record):
             tokens = self._lay_out(record, generation_prompt, max_tokens, too_long)
-            media = self._media(tokens)
+            media = {kind: self._media(held) for kind, held in _by_kind(tokens)}
         input_ids = torch.tensor(tokens.ids)
         loss_weights = torch.tensor(tokens.weights)
         return Sample(
             input_ids=input_ids,
+            position_ids=self._positions(tokens),
             labels=input_ids.where(loss_weights > 0, IGNORE_INDEX),
             loss_weights=loss_weights,
-            image_places=_places(tokens.pictures),
-            audio_places=_places(tokens.clips),
-            **media,
+            media=media,
         )
 
     def prompt(self, record: Record, *, max_tokens: int | None = None) -> Sample:
@@ -156,17 +161,25 @@ class RecordProcessor(PromptMixin):
         """Add a picture's or clip's places."""
         raise BadRecord(f"it holds an {segment.kind}, and this model reads text alone; take it out")
 
-    def _lengths(self, tokens: Tokens) -> Lengths:
-        return Lengths(tokens=len(tokens.ids))
+    def _units(self, medium: Medium) -> int:
+        """What a medium costs its tower, known before it is decoded."""
+        raise NotImplementedError
 
-    def _media(self, tokens: Tokens) -> dict[str, Tensor]:
-        """The fields of a `Sample` that hold media, decoded."""
-        return {
-            "patches": torch.empty(0, 0, dtype=torch.uint8),
-            "slice_sizes": torch.empty(0, 2, dtype=torch.int64),
-            "mel": torch.empty(0, 0),
-            "clip_frames": torch.empty(0, dtype=torch.int64),
-        }
+    def _decoded(self, medium: Medium) -> tuple[Tensor, Tensor]:
+        """A medium's values (U, ...) and the sizes (I, ...) of its items; BadRecord if it cannot be used."""
+        raise NotImplementedError
+
+    def _positions(self, tokens: Tokens) -> Tensor:
+        """int64 (T,), or (R, T) for a model with several rows of positions."""
+        return torch.arange(len(tokens.ids))
+
+    def _media(self, media: list[Medium]) -> Media:
+        decoded = [self._decoded(medium) for medium in media]
+        return Media(
+            values=torch.cat([values for values, _ in decoded]),
+            sizes=torch.cat([sizes for _, sizes in decoded]),
+            places=torch.from_numpy(np.concatenate([medium.places for medium in media])),
+        )
 
 
 def load_tokenizer(folder: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
@@ -178,8 +191,8 @@ def load_tokenizer(folder: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"the tokenizer of '{folder}' cannot be loaded ({error})") from error
 
 
-def _places(media: list[Medium]) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(medium.places for medium in media)]))
+def _by_kind(tokens: Tokens) -> list[tuple[Kind, list[Medium]]]:
+    return [(kind, media) for kind in KINDS if (media := tokens.of(kind))]
 
 
 def _last_answer(record: Record) -> int | None:

@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from train.schema import Lengths, Record
+from train.schema import KINDS, Lengths, Record
 
 PART = 4096
 """Records of a part: about a second's work, after which it is kept."""
@@ -32,7 +32,7 @@ Stamps = list[tuple[str, int, int]]
 class Part:
     """What was measured of consecutive records of a file.
 
-    lengths: int32 (n, 3) of tokens, patches and mel frames; 0 tokens: not usable.
+    lengths: int32 (n, 1 + kinds), rows of `Lengths`; 0 tokens: not usable.
     types: of each record.
     stamps: of each record, as its media were when it was measured.
     """
@@ -44,7 +44,7 @@ class Part:
     @classmethod
     def unknown(cls, count: int) -> "Part":
         """So many records of which nothing is known yet."""
-        return cls(np.zeros((count, 3), np.int32), [""] * count, [[] for _ in range(count)])
+        return cls(np.zeros((count, 1 + len(KINDS)), np.int32), [""] * count, [[] for _ in range(count)])
 
     def todo(self) -> list[int]:
         """The records to measure: those not usable so far, and those whose media have changed since."""
@@ -53,7 +53,7 @@ class Part:
 
     def set(self, row: int, lengths: Lengths, kind: str, stamps: Stamps) -> None:
         """Take in what a record measures."""
-        self.lengths[row] = lengths.tokens, lengths.patches, lengths.frames
+        self.lengths[row] = lengths.row()
         self.types[row], self.stamps[row] = kind, stamps
 
     def forget(self, row: int) -> None:

@@ -5,15 +5,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO, FileIO
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 from train.errors import BadRecord
-from train.schema import MediaSource
+from train.schema import Kind, MediaSource
 
-MediumKind = Literal["image", "audio"]
-MEDIA: tuple[MediumKind, ...] = ("image", "audio")
-
-MAX_BYTES: dict[MediumKind, int] = {"image": 2**28, "audio": 2**30}
+MAX_BYTES: dict[Kind, int] = {"image": 2**28, "audio": 2**30}
 """Largest file that is opened: an uncompressed picture of 67 megapixels fits, and half an hour of studio sound."""
 
 _HEADER_READS = 20_000
@@ -23,7 +20,7 @@ chunks does not."""
 
 
 @contextmanager
-def reading(kind: MediumKind, source: MediaSource, advice: str, buffering: int = -1) -> Iterator[Any]:
+def reading(kind: Kind, source: MediaSource, advice: str, buffering: int = -1) -> Iterator[Any]:
     """The open file; whatever goes wrong inside becomes a BadRecord that names it.
 
     advice: what to do about a file that its decoder cannot read.
@@ -38,7 +35,7 @@ def reading(kind: MediumKind, source: MediaSource, advice: str, buffering: int =
         raise BadRecord(f"{_name_of(kind, source)} cannot be read ({error}); {advice}") from None
 
 
-def _name_of(kind: MediumKind, source: MediaSource) -> str:
+def _name_of(kind: Kind, source: MediaSource) -> str:
     """What a message calls a medium."""
     return f"{kind} {source!r}" if isinstance(source, str) else f"embedded {kind}"
 

@@ -5,10 +5,13 @@ Two pure functions. `plan_epoch` is a function of (lengths, weights, limits, see
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import ge, sub
 
 import numpy as np
+
+from train.schema import KINDS, Kind
 
 WINDOW = 2048
 """Records that are packed together: large enough to fill packs, small enough that shuffling survives."""
@@ -23,8 +26,12 @@ class Limits:
     """What a pack may hold."""
 
     tokens: int
-    patches: int
-    frames: int
+    units: Mapping[Kind, int]
+    """of each kind of media"""
+
+    def row(self) -> tuple[int, ...]:
+        """Tokens, then the units of each of KINDS."""
+        return (self.tokens, *(self.units[kind] for kind in KINDS))
 
 
 def choose_records(records: Sequence[np.ndarray], weights: Sequence[float], rng: np.random.Generator) -> np.ndarray:
@@ -53,7 +60,7 @@ def plan_epoch(
 ) -> list[list[int]]:
     """The packs of an epoch in the order in which they are trained on.
 
-    lengths: int (records, 3): tokens, patches and mel frames of each record.
+    lengths: int (records, 1 + kinds): a row of `Lengths` for each record.
     records: for each source, the indices of its usable records.
     """
     rng = np.random.default_rng([seed, epoch])
@@ -84,19 +91,18 @@ def pack(
     room: list[list[int]] = []
     by_room: list[tuple[int, int]] = []
     for record in ordered:
-        tokens, patches, frames = size[record]
+        tokens, *units = size[record]
         for place in range(bisect_left(by_room, (tokens, -1)), len(by_room)):
             _, index = by_room[place]
-            if room[index][1] >= patches and room[index][2] >= frames:
+            if all(map(ge, room[index][1:], units)):
                 del by_room[place]
                 break
         else:
             index = len(packs)
             packs.append([])
-            room.append([limits.tokens, limits.patches, limits.frames])
+            room.append(list(limits.row()))
         packs[index].append(record)
-        for kind, used in enumerate((tokens, patches, frames)):
-            room[index][kind] -= used
+        room[index] = list(map(sub, room[index], size[record]))
         insort(by_room, (room[index][0], index))
     if not keep_open:
         return packs, []

@@ -14,11 +14,12 @@ import numpy as np
 
 from train.data.collate import collate
 from train.data.lengths import PART, LengthCache, Part, SourceCache, Stamps, stamps_of
+from train.data.plan import Limits
 from train.data.readers import open_source
 from train.data.records import parse_record
 from train.data.workers import UNWATCHED, Results, Workers
 from train.errors import BadRecord, OmniTuneError
-from train.schema import Batch, Lengths, Record
+from train.schema import KINDS, Batch, Kind, Lengths, Processor, Record, TooLong
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ _LOOKED_AT = 64
 _FAULT = 300
 """Most characters of what a decoder says about its failure."""
 
-_FEW = {"tokens": 1024, "patches": 4096, "frames": 3000}
+_FEW = Limits(1024, {"image": 4096, "audio": 3000})
 """What the records that `few` chooses hold together at most, where that leaves out no medium."""
 
 
@@ -58,7 +59,7 @@ class BadNote:
 
 @dataclass
 class Measured:
-    """Lengths (records, 3) of tokens, patches and mel frames (0 tokens: not usable), types, source ends."""
+    """A row of `Lengths` for each record (0 tokens: not usable), types, source ends."""
 
     lengths: np.ndarray
     types: list[str]
@@ -81,16 +82,16 @@ class RecordSet:
     def __init__(
         self,
         specs: Sequence[SourceSpec],
-        processor: Any,
+        processor: Processor,
         *,
         max_tokens: int,
-        too_long: str,
+        too_long: TooLong,
         workers: Workers = UNWATCHED,
     ):
         self.specs = list(specs)
         self.processor = processor
         self.workers = workers
-        self._fit = {"max_tokens": max_tokens, "too_long": too_long}
+        self._fit: dict[str, Any] = {"max_tokens": max_tokens, "too_long": too_long}
         self._sources = [open_source(spec.path, spec.format) for spec in specs]
         self.ends = np.cumsum([len(source) for source in self._sources])
         """Where each source's records end."""
@@ -171,7 +172,7 @@ class RecordSet:
         ]
         cores = len(os.sched_getaffinity(0))
         workers = replace(self.workers, count=min(cores, len(parts)) if self.workers.count else 0)
-        lengths = np.zeros((len(self), 3), dtype=np.int32)
+        lengths = np.zeros((len(self), 1 + len(KINDS)), dtype=np.int32)
         types: list[str] = []
         bad: list[BadNote] = []
         unsaved = None
@@ -249,14 +250,14 @@ def _lengths_of(records: RecordSet, record: Record) -> tuple[Lengths, str, Stamp
 
 
 def _few(records: RecordSet, _: None, watch: Watching) -> tuple[Batch, list[BadNote]]:
-    shortest: dict[tuple[bool, bool], tuple[int, int, Lengths]] = {}
+    shortest: dict[frozenset[Kind], tuple[int, int, Lengths]] = {}
     bad = []
     for index in np.linspace(0, len(records) - 1, min(len(records), _LOOKED_AT)).round().astype(int).tolist():
         size = records.attempt(index, records.measure_one, watch)
         if isinstance(size, BadNote):
             bad.append(size)
             continue
-        mix = size.patches > 0, size.frames > 0
+        mix = frozenset(size.units)
         found = size.tokens, index, size
         shortest[mix] = min(shortest.get(mix, found), found, key=lambda of: of[:2])
     batch, not_decoded = records.batch(_within_bounds(sorted(shortest.values(), key=lambda of: of[:2])), watch)
@@ -266,12 +267,10 @@ def _few(records: RecordSet, _: None, watch: Watching) -> tuple[Batch, list[BadN
 def _within_bounds(candidates: Iterable[tuple[int, int, Lengths]]) -> list[int]:
     """The records of (tokens, index, lengths) that fit together, or bring a medium that those before them lack."""
     chosen: list[int] = []
-    total = dict.fromkeys(_FEW, 0)
+    total = np.zeros(1 + len(KINDS), dtype=np.int64)
     for _, index, size in candidates:
-        after = {unit: held + getattr(size, unit) for unit, held in total.items()}
-        if all(after[unit] <= most for unit, most in _FEW.items()) or any(
-            after[unit] and not total[unit] for unit in total
-        ):
+        after = total + size.row()
+        if (after <= _FEW.row()).all() or (after[total == 0] > 0).any():
             chosen.append(index)
             total = after
     return chosen

@@ -1,57 +1,24 @@
-"""From a raw record to a checked `Record`, in whichever of three formats it was written.
+"""From a raw record to a checked `Record`, in whichever of `formats.FORMATS` it was written."""
 
-- Megrez: `conversations` of `{"role", "content": {"text", "image", "audio"} or str}`;
-- ALLaVA/LLaVA: `image`, `audio`, and `conversations` of `{"from", "value"}` with `<image>`, `<audio>` tags;
-- OpenAI: `messages` of `{"role", "content": str or [{"type": "text" | "image_url" | ...}]}`.
-"""
-
-import binascii
-import os
 import re
-import reprlib
-import stat
-from base64 import b64decode
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from train.data.media import MEDIA, MediumKind
+from train.data.formats import FORMATS
+from train.data.formats.content import is_text, many, medium_part, quoted, text_parts
+from train.data.formats.format import Message, entries
 from train.errors import BadRecord
-from train.schema import Part, Record, Turn
+from train.schema import KINDS, Kind, Part, Record, Turn
 
 MAX_TEXT = 2**20
 """Most characters of a conversation: they are tokenized before anything can be said about its length."""
 
-MAX_PARTS = 4096
-"""Most turns of a conversation, and most texts, pictures and recordings in them."""
-
-WEIGHTS = (1e-6, 1e3)
-"""Smallest and largest weight of a turn that is learned."""
-
 MAX_TYPE = 100
 """Most characters of a record's type."""
 
-ROLES = ("system", "user", "assistant", "observation")
-
-_ROLES = {role: role for role in ROLES}
-_SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "observation": "observation"}
 _TAG = re.compile(r"<(image|audio)>\n?")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_QUOTE = reprlib.Repr()
-_QUOTE.maxstring = 300
-_QUOTE.maxlevel = 2
-_quoted = _QUOTE.repr
-"""A value as a message shows it: short, whatever the record holds."""
-
-
-class _Message(NamedTuple):
-    """A turn whose text may still hold tags."""
-
-    role: str
-    parts: list[Part]
-    weight: float
 
 
 def parse_record(raw: dict[str, Any], *, root: Path, file: str, line: int) -> Record:
@@ -97,191 +64,27 @@ def _type(value: Any) -> str:
     """The record's own word for its kind; what is no text says nothing."""
     if not isinstance(value, str):
         return ""
-    if len(value) > MAX_TYPE or not _is_text(value):
-        raise BadRecord(f"the type {_quoted(value)} is no short word; shorten it to {MAX_TYPE} characters")
+    if len(value) > MAX_TYPE or not is_text(value):
+        raise BadRecord(f"the type {quoted(value)} is no short word; shorten it to {MAX_TYPE} characters")
     return value
 
 
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _turns(raw: dict[str, Any], root: Path | None) -> tuple[Turn, ...]:
-    messages, tagged = _messages(raw, root)
-    media = {kind: _top_level_media(raw, kind, root) for kind in MEDIA}
-    if tagged or any(media.values()):
+    entries(raw)  # without turns, no format is asked
+    form = next(form for form in FORMATS if form.recognises(raw))
+    messages = form.messages(raw, root)
+    media = {kind: _top_level_media(raw, kind, root) for kind in KINDS}
+    if form.has_tags or any(media.values()):
         _place_media(messages, media)
     return tuple(Turn(message.role, tuple(message.parts), message.weight) for message in messages)
 
 
-def _messages(raw: dict[str, Any], root: Path | None) -> tuple[list[_Message], bool]:
-    """The turns of a record, and whether its texts mark media by tags (the LLaVA format)."""
-    entries = raw["messages"] if raw.get("conversations") is None and "messages" in raw else raw.get("conversations")
-    if not isinstance(entries, list) or not entries:
-        raise BadRecord("no turns found; give a list of them under 'conversations' or 'messages'")
-    tagged = False
-    messages = []
-    count = 0
-    for number, entry in enumerate(_many(entries), 1):
-        if not isinstance(entry, dict):
-            raise BadRecord(f"turn {number} is {type(entry).__name__}; write it as an object")
-        if entry.get("from") is not None:
-            tagged = True
-            name, roles, content = entry["from"], _SPEAKERS, entry.get("value")
-        else:
-            name, roles, content = entry.get("role"), _ROLES, entry.get("content")
-        if not isinstance(name, str) or name not in roles:
-            raise BadRecord(f"turn {number} has the unknown role {_quoted(name)}; use one of {', '.join(roles)}")
-        messages.append(_Message(roles[name], _parts(content, root), _weight(entry.get("weight"), number)))
-        count += len(messages[-1].parts)
-        if count > MAX_PARTS:
-            raise BadRecord(f"up to turn {number} there are {count} parts, more than {MAX_PARTS}; split the record")
-    return messages, tagged
-
-
-def _weight(value: Any, number: int) -> float:
-    if value is None:
-        return 1.0
-    smallest, largest = WEIGHTS
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (value == 0 or smallest <= value <= largest):
-        raise BadRecord(
-            f"turn {number} has the weight {_quoted(value)}; use 0 or a number from {smallest:g} to {largest:g}"
-        )
-    return float(value)
-
-
-def _parts(content: Any, root: Path | None) -> list[Part]:
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return _text(content)
-    if isinstance(content, list):
-        return [part for item in _many(content) for part in _item(item, root)]
-    if not isinstance(content, dict):
-        raise BadRecord(f"the content of a turn is {type(content).__name__}; write a text, an object or a list")
-    if unknown := [name for name in content if name not in ("text", *MEDIA) and content[name] is not None]:
-        raise BadRecord(f"the content of a turn has the unknown key {_quoted(unknown[0])}; use text, image or audio")
-    media = [_medium(kind, value, root) for kind in MEDIA for value in _many(content.get(kind))]
-    return media + _text(content.get("text"))
-
-
-def _item(item: Any, root: Path | None) -> list[Part]:
-    """One element of a content list of the OpenAI format."""
-    kind = item.get("type") if isinstance(item, dict) else None
-    if kind == "text":
-        return _text(item.get("text"))
-    if kind in MEDIA:
-        found = [item[key] for key in (kind, "path", "url") if item.get(key) is not None]
-        return [_medium(kind, found[0] if found else None, root)]
-    if kind in ("image_url", "audio_url"):
-        value = item.get(kind)
-        return [_medium(kind.removesuffix("_url"), value.get("url") if isinstance(value, dict) else value, root)]
-    if kind == "input_audio":
-        value = item.get("input_audio")
-        data = value.get("data") if isinstance(value, dict) else None
-        if isinstance(data, str) and not data.startswith("data:"):
-            return [Part("audio", _decode_base64("audio", data))]
-        return [_medium("audio", data, root)]
-    raise BadRecord(
-        f"a content item has the type {_quoted(kind)}; use text, image_url, audio_url, input_audio, image or audio"
-    )
-
-
-def _many(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        return [value]
-    if len(value) > MAX_PARTS:
-        raise BadRecord(f"a list has {len(value)} items, more than the {MAX_PARTS} allowed; split the record")
-    return value
-
-
-def _text(value: Any) -> list[Part]:
-    if value is None or value == "":
-        return []
-    if not isinstance(value, str):
-        raise BadRecord(f"a text is {type(value).__name__}; write it as a string")
-    if not _is_text(value):
-        raise BadRecord("a text holds half of a surrogate pair, which is no character; remove it")
-    return [Part("text", value)]
-
-
-def _medium(kind: MediumKind, value: Any, root: Path | None) -> Part:
-    """A picture or recording: its bytes, or the real path of a regular file under `root`."""
-    if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, bytes) and value:
-        return Part(kind, value)
-    if not isinstance(value, str) or not value:
-        raise BadRecord(f"{kind} {_quoted(value)} is neither a path nor encoded bytes; give one of them")
-    if value.startswith("data:"):
-        head, _, data = value.partition(",")
-        if not head.endswith(";base64"):
-            raise BadRecord(f"{kind} {_quoted(head)} is a data URL without base64; encode it so, or give a path")
-        return Part(kind, _decode_base64(kind, data))
-    if _URL.match(value):
-        raise BadRecord(f"{kind} {_quoted(value)} is a URL, and nothing is fetched; save it under root")
-    return Part(kind, _contained_file(kind, value, root))
-
-
-def _decode_base64(kind: MediumKind, data: str) -> bytes:
-    try:
-        decoded = b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadRecord(f"embedded {kind} is not valid base64 ({error}); encode it again") from None
-    if not decoded:
-        raise BadRecord(f"embedded {kind} is empty; encode it again")
-    return decoded
-
-
-_real_folder = lru_cache(maxsize=4096)(os.path.realpath)
-
-
-def _contained_file(kind: MediumKind, path: str, root: Path | None) -> str:
-    """The path itself, links resolved, of a regular file that lies under `root`."""
-    real_root = str(_real_folder(root)) if root else os.sep
-    folder, name = os.path.split(os.path.join(root or Path.cwd(), path))  # noqa: PTH118 (pathlib is slow)
-    try:
-        real = f"{_real_folder(folder)}{os.sep}{name}"
-        status = os.lstat(real) if _is_under(real, real_root) else None
-        if status and not stat.S_ISREG(status.st_mode):
-            real = os.path.realpath(real)
-            status = os.stat(real) if _is_under(real, real_root) else None  # noqa: PTH116
-    except (FileNotFoundError, NotADirectoryError):
-        if root is None:
-            raise BadRecord(f"{kind} {_quoted(path)} not found; fix the path") from None
-        where = "" if os.path.isabs(path) else f" under {root}/"  # noqa: PTH117
-        raise BadRecord(f"{kind} {_quoted(path)} not found{where}; fix the path or set root") from None
-    except (OSError, ValueError) as error:
-        raise BadRecord(f"{kind} {_quoted(path)} cannot be looked up ({_reason(error)}); fix the path") from None
-    if status is None:
-        raise BadRecord(f"{kind} {_quoted(path)} lies outside {root}/, where media may not be; move it or set root")
-    if not stat.S_ISREG(status.st_mode):
-        raise BadRecord(f"{kind} {_quoted(path)} is not a regular file; give the path of the encoded {kind}")
-    return real
-
-
-def _reason(error: OSError | ValueError) -> str:
-    """Why, without the path once more."""
-    return error.strerror or "" if isinstance(error, OSError) else str(error)
-
-
-def _is_under(real: str, real_root: str) -> bool:
-    return real.startswith(real_root.rstrip(os.sep) + os.sep)
-
-
-def _top_level_media(raw: dict[str, Any], kind: MediumKind, root: Path | None) -> list[Part]:
+def _top_level_media(raw: dict[str, Any], kind: Kind, root: Path | None) -> list[Part]:
     value = raw.get(kind) if raw.get(kind) is not None else raw.get(f"{kind}s")
-    return [_medium(kind, item, root) for item in _many(value)]
+    return [medium_part(kind, item, root) for item in many(value)]
 
 
-def _place_media(messages: list[_Message], media: dict[MediumKind, list[Part]]) -> None:
+def _place_media(messages: list[Message], media: dict[Kind, list[Part]]) -> None:
     """Put the media of a record where the tags of its user turns stand; without tags, first of all."""
     asked = [message for message in messages if message.role in ("user", "observation")]
     texts = [part.content for message in asked for part in message.parts if part.kind == "text"]
@@ -301,15 +104,15 @@ def _place_media(messages: list[_Message], media: dict[MediumKind, list[Part]]) 
         asked[0].parts[:0] = leading
 
 
-def _split_tags(part: Part, waiting: dict[MediumKind, Any]) -> list[Part]:
+def _split_tags(part: Part, waiting: dict[Kind, Any]) -> list[Part]:
     """A text cut at its tags, with the next medium of each tag's kind in its place."""
     if part.kind != "text":
         return [part]
     pieces = _TAG.split(str(part.content))
     texts, kinds = pieces[::2], pieces[1::2]
-    parts = _text(texts[0])
+    parts = text_parts(texts[0])
     for kind, text in zip(kinds, texts[1:], strict=True):
-        parts += [next(waiting[kind]), *_text(text)]  # type: ignore[index]
+        parts += [next(waiting[kind]), *text_parts(text)]  # type: ignore[index]
     return parts
 
 

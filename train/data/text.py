@@ -5,7 +5,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat import MEGREZ_TEMPLATE, MINICPM_TEMPLATE
 from train.data.encoding import RecordProcessor, load_tokenizer
 
 
@@ -21,15 +20,3 @@ class TextProcessor(RecordProcessor):
     def from_pretrained(cls, folder: str | Path, **hub: Any) -> "TextProcessor":
         """The processor of a model folder (or Hub name); CheckpointError if its tokenizer cannot be used."""
         return cls(load_tokenizer(folder, **hub))
-
-
-class MegrezTextProcessor(TextProcessor):
-    """Megrez-3B-Instruct's."""
-
-    template = MEGREZ_TEMPLATE
-
-
-class MiniCPMProcessor(TextProcessor):
-    """MiniCPM-2B's."""
-
-    template = MINICPM_TEMPLATE

@@ -144,7 +144,7 @@ class Results(Generic[R]):
                 self._count_fruitless(error)
 
     def _start(self, done: int) -> tuple[Watch, Iterator[R]]:
-        multiprocessing.set_forkserver_preload(["torch", "transformers", "train.data.processor"])
+        multiprocessing.set_forkserver_preload(["train.data.encoding", "train.data.audio", "train.data.images"])
         count = self.workers.count
         watch = Watch(count, self.workers.limit_s)
         loader = DataLoader(

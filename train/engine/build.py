@@ -19,10 +19,10 @@ from train.announce import announced
 from train.checks import check, model_folder, tuned_modules
 from train.config import Options, Precision, Tracker
 from train.data.loader import StepLoader, StepPlan
-from train.data.record_set import BadNote, RecordSet
+from train.data.record_set import RecordSet
 from train.engine.agreement import check_folder
-from train.engine.build_data import limits_of, load_processor, make_evaluator, read_data
-from train.engine.checkpoint import Checkpoints, read_state, trained_weights
+from train.engine.build_data import limits_of, make_evaluator, read_data
+from train.engine.checkpoint import Checkpoints
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
 from train.engine.launch import make_accelerator, world_size, zero_stage
@@ -34,17 +34,19 @@ from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
 from train.engine.trainer import Rhythm, Trainer
 from train.errors import ConfigError, OmniTuneError
-from train.families import Family, find
-from train.inference.base_folder import check_files
-from train.inference.export import check_base, export, write_random_model
-from train.modules.adapters import LoraSettings, add_adapters, quantize_linear_layers
+from train.export.base_folder import check_files
+from train.export.export import check_base, write_random_model
+from train.export.run import export_checkpoint, lora_settings
+from train.families.family import Family
+from train.families.registry import find
+from train.modules.adapters import add_adapters, quantize_linear_layers
 from train.modules.flops import size_of
+from train.modules.objectives import NextToken
 from train.modules.trainable import canonical_name, choose_trainable, module_of, parameter_groups
+from train.run_folder import RunFolder
+from train.sources import load_processor
 
 log = logging.getLogger(__name__)
-
-RANDOM_MODEL = "initial_model"
-"""Folder in a run's folder that holds the random model it started from."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Run:
     options: Options
     accelerator: Accelerator
     trainer: Trainer
-    folder: Path
+    folder: RunFolder
     base: Path
     records: RecordSet
     """By which the export is checked: held-out ones, or else those of training."""
@@ -65,7 +67,7 @@ class Run:
         checkpoint = self.trainer.checkpoints.newest()
         self.trainer.let_go()
         unset_hf_deepspeed_config()  # from here on a model is loaded whole, on one rank
-        folder = self.folder / "export"
+        folder = self.folder.export
         if self.accelerator.is_main_process:
             export_checkpoint(self.options, self.base, checkpoint, folder, self.records)
         self.accelerator.wait_for_everyone()
@@ -119,7 +121,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         wrapped, optimizer = accelerator.prepare(model, optimizer)
 
     checkpoints = Checkpoints(
-        folder / "checkpoints", accelerator, keep_last=options.run.keep_last, keep_best=options.run.keep_best
+        folder.checkpoints, accelerator, keep_last=options.run.keep_last, keep_best=options.run.keep_best
     )
     found = checkpoints.find(options.run.resume)
     trainer = Trainer(
@@ -129,6 +131,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
             wrapped,
             optimizer,
             LearningRates(groups, options.optim, total_steps),
+            objective=NextToken(),
             seed=options.run.seed,
             media=family.media,
             sources=len(train_set.specs),
@@ -151,7 +154,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         quarantine=quarantine,
         checkpoints=checkpoints,
         evaluator=evaluator,
-        predictions=folder / "predictions",
+        predictions=folder.predictions,
         observers=[],
     )
     if found:
@@ -160,43 +163,11 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         for records in filter(None, (train_set, eval_set)):
             records.leave_out(quarantine.notes)
     if accelerator.is_main_process:
-        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-        write_environment(folder, accelerator)
+        folder.config.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        write_environment(folder.environment, accelerator)
         trainer.observers = _observers(options, resolved, folder, trainer)
     _describe(options, accelerator, model, plan, total_steps)
     return Run(options, accelerator, trainer, folder, base, eval_set or train_set, stop)
-
-
-def export_checkpoint(options: Options, base: Path, checkpoint: Path, folder: Path, records: RecordSet) -> None:
-    """Write a model folder from a checkpoint of a run with these options, and check it on a few of the records."""
-    trained = trained_weights(checkpoint)
-    state = read_state(checkpoint)
-    records.leave_out(BadNote(**note) for note in state["quarantine"])
-    adapted = options.lora.modules
-    export(
-        base,
-        trained,
-        folder,
-        step=state["step"],
-        batch=records.few(),
-        lora=lora_settings(options, find(base)) if adapted else None,
-        fully_tuned=tuple(name for name in tuned_modules(options) if name not in adapted),
-        with_code=options.run.export_with_code,
-    )
-
-
-def lora_settings(options: Options, family: Family) -> LoraSettings:
-    """The adapters that the options ask for, with the family's usual targets where they name none."""
-    wanted = [name for name in tuned_modules(options) if name in options.lora.modules]
-    return LoraSettings(
-        targets={name: tuple(options.lora.targets.get(name) or family.lora_targets[name]) for name in wanted},
-        rank=options.lora.rank,
-        alpha=options.lora.alpha,
-        dropout=options.lora.dropout,
-        use_rslora=options.lora.use_rslora,
-        use_dora=options.lora.use_dora,
-        init_lora_weights=options.lora.init_lora_weights,
-    )
 
 
 def _check_family(options: Options, family: Family) -> None:
@@ -228,7 +199,7 @@ def _check_keep_best(options: Options, evaluator: Evaluator | None) -> None:
         raise ConfigError([f"run.keep_best: the evaluation gives no figure '{wanted}'{near}; it gives {given}"])
 
 
-def _make_folder(options: Options, accelerator: Accelerator) -> Path:
+def _make_folder(options: Options, accelerator: Accelerator) -> RunFolder:
     """The run's folder, as the main process names it (each process has a clock of its own)."""
     name = [options.run.dir]
     broadcast_object_list(name)
@@ -240,14 +211,14 @@ def _make_folder(options: Options, accelerator: Accelerator) -> Path:
         except OSError as error:
             raise OmniTuneError(f"run.dir: '{folder}' cannot be made or written to ({error}); name another") from None
     check_folder(folder, accelerator)
-    return folder
+    return RunFolder(folder)
 
 
-def _base_model(options: Options, folder: Path, accelerator: Accelerator) -> Path:
+def _base_model(options: Options, folder: RunFolder, accelerator: Accelerator) -> Path:
     """The folder of the model that training starts from; a random one is written out first."""
     if options.model.path:
         return Path(options.model.path)
-    base = folder / RANDOM_MODEL
+    base = folder.initial_model
     if accelerator.is_main_process and not base.exists():
         with announced(f"making a random model in '{base}'"):
             write_random_model(Path(options.model.random_from or ""), base, options.run.seed)
@@ -276,11 +247,13 @@ def _load_model(options: Options, family: Family, base: Path, device: torch.devi
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if options.lora.load_in_4bit:
         quantize_linear_layers(model, family.rules, "llm", compute_dtype=compute_dtype, device=device)
+    adapted_model: nn.Module = model
     if adapted:
-        model = add_adapters(model, family.rules, lora_settings(options, family), in_float32=is_master)
-    choose_trainable(model, family.rules, tuned=tuned, adapted=adapted)
-    check_base(base, model, [canonical_name(name) for name, value in model.named_parameters() if value.requires_grad])
-    return model
+        adapted_model = add_adapters(model, family.rules, lora_settings(options, family), in_float32=is_master)
+    choose_trainable(adapted_model, family.rules, tuned=tuned, adapted=adapted)
+    trained = [canonical_name(name) for name, value in adapted_model.named_parameters() if value.requires_grad]
+    check_base(base, adapted_model, trained)
+    return adapted_model
 
 
 def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, options: Options, epoch: int, step: int):
@@ -295,18 +268,18 @@ def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, op
     )
 
 
-def _observers(options: Options, resolved: dict[str, Any], folder: Path, trainer: Trainer) -> list[Observer]:
+def _observers(options: Options, resolved: dict[str, Any], folder: RunFolder, trainer: Trainer) -> list[Observer]:
     step = trainer.position.step
     observers: list[Observer] = [
-        MetricsFile(folder / "metrics.jsonl", step),
+        MetricsFile(folder.metrics, step),
         Progress(trainer.rhythm.total_steps, step),
     ]
     if options.debug.profile_steps:
-        observers.append(Profiler(folder / "trace.json", options.debug.profile_steps))
+        observers.append(Profiler(folder.trace, options.debug.profile_steps))
     if options.tracker.name is Tracker.wandb:
         from train.engine.tracking import WandbTracker  # wandb takes a second to import
 
-        observers.append(WandbTracker(options.tracker, name=options.run.name, folder=folder, config=resolved))
+        observers.append(WandbTracker(options.tracker, name=options.run.name, folder=folder.path, config=resolved))
     return observers
 
 

@@ -1,70 +1,33 @@
 """Options into data: records, their lengths, the evaluator of those held out."""
 
 import logging
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
-from train.config import Options, SourceOptions
+from train.config import Options
 from train.data.lengths import LengthCache, digest
 from train.data.plan import Limits
-from train.data.record_set import Measured, RecordSet, SourceSpec
-from train.data.workers import Workers
+from train.data.record_set import Measured, RecordSet
 from train.engine.evaluator import Evaluator
 from train.engine.measuring import measure_alike
 from train.engine.quarantine import Quarantine
 from train.engine.stop import StopRequest
-from train.families import Family
+from train.run_folder import RunFolder
+from train.schema import Processor
+from train.sources import open_records
 
 log = logging.getLogger(__name__)
 
 
-def source_specs(sources: list[SourceOptions]) -> list[SourceSpec]:
-    """The sources with their media folders and names filled in; a name that is taken gets a number."""
-    specs: list[SourceSpec] = []
-    for source in sources:
-        name = first = source.name or Path(source.path).stem
-        taken = {spec.name for spec in specs}
-        for number in count(2):
-            if name not in taken:
-                break
-            name = f"{first}-{number}"
-        root = source.root or str(Path(source.path).parent)
-        specs.append(SourceSpec(name=name, path=source.path, root=root, weight=source.weight, format=source.format))
-    return specs
-
-
-def load_processor(options: Options, family: Family, folder: Path) -> Any:
-    """The processor of a model folder, set as the data options say."""
-    processor = family.load_processor(folder)
-    processor.long_audio = str(options.data.long_audio)
-    if options.data.system_prompt is not None:
-        processor.system_prompt = options.data.system_prompt
-    return processor
-
-
-def open_records(options: Options, sources: list[SourceOptions], processor: Any) -> RecordSet:
-    """The records of the sources, bounded and read as the data options say."""
-    data = options.data
-    return RecordSet(
-        source_specs(sources),
-        processor,
-        max_tokens=data.max_tokens,
-        too_long=str(data.too_long),
-        workers=Workers(data.workers, data.prefetch, data.decode_limit_s),
-    )
-
-
 def read_data(
-    options: Options, base: Path, processor: Any, folder: Path, accelerator: Accelerator
+    options: Options, base: Path, processor: Processor, folder: RunFolder, accelerator: Accelerator
 ) -> tuple[RecordSet, Measured, RecordSet | None, Measured | None, Quarantine]:
     """The records of training and the held-out ones, if any, with their lengths; and what cannot be used of them."""
     train_set = open_records(options, options.data.train, processor)
     eval_set = open_records(options, options.data.eval, processor) if options.data.eval else None
     quarantine = Quarantine(
-        folder / "quarantine.jsonl" if accelerator.is_main_process else None,
+        folder.quarantine if accelerator.is_main_process else None,
         total_records=len(train_set) + (len(eval_set) if eval_set else 0),
         max_fraction=options.data.max_bad_fraction,
     )
@@ -98,7 +61,7 @@ def length_cache(options: Options, base: Path) -> LengthCache | None:
 
 def limits_of(options: Options) -> Limits:
     """What a pack may hold."""
-    return Limits(options.data.max_tokens, options.data.max_patches, options.data.max_frames)
+    return Limits(options.data.max_tokens, {"image": options.data.max_patches, "audio": options.data.max_frames})
 
 
 def make_evaluator(

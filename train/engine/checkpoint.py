@@ -1,20 +1,16 @@
 """Checkpoints: whole or not there, written while training goes on, checked before they are used.
 
-step-000200/
-  manifest.json              size and checksum of every other file; its presence says that all is there
-  state.json                 where the run stands
-  rank-00000.safetensors     each rank's part of the trained state (see `state`)
+What they hold: `export.checkpoint`.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -24,152 +20,22 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.engine.state import MASTER, SavedState
 from train.errors import CheckpointError
+from train.export.checkpoint import (
+    MANIFEST,
+    STATE,
+    checksum,
+    complete_checkpoints,
+    damage,
+    first_whole,
+    rank_file,
+    read_state,
+)
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-STATE = "state.json"
-_FOLDER = "checkpoints"
 _POLL_S = 0.05
 _FAULT = "fault"
-
-
-class TrainedWeights(Mapping[str, Tensor]):
-    """Float32 masters of a checkpoint's trained parameters, by name, read when they are asked for."""
-
-    def __init__(self, folder: Path):
-        self._shapes: dict[str, list[int]] = read_state(folder)["parameters"]
-        self._saved = saved_state(folder)
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        return self._saved.read(MASTER, name, 0, prod(shape)).view(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-
-def trained_weights(folder: Path) -> TrainedWeights:
-    """What a checkpoint's run has learned. Raises CheckpointError where the checkpoint is damaged."""
-    if fault := damage(folder):
-        raise CheckpointError(f"'{folder}' {fault}")
-    return TrainedWeights(folder)
-
-
-def saved_state(folder: Path) -> SavedState:
-    """The tensors of a checkpoint."""
-    return SavedState([folder / name for name in sorted(_rank_files(folder))])
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """What state.json says. Raises CheckpointError where it cannot be read."""
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{folder}' is damaged: {STATE} cannot be read ({error})") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"'{folder}' is damaged: {STATE} holds no state")
-    return state
-
-
-def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files, None if nothing is; reading them may be divided into `parts`."""
-    if fault := _lack(folder):
-        return fault
-    files = _manifest(folder)
-    for name in sorted(files)[part::parts]:
-        if _checksum(folder / name) != files[name][1]:
-            return f"is damaged: {name} does not have its checksum"
-    return None
-
-
-def _lack(folder: Path) -> str | None:
-    """What is wrong with a checkpoint as far as it shows without reading the tensors."""
-    try:
-        files = _manifest(folder)
-    except FileNotFoundError:
-        return f"is not a complete checkpoint: it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return f"is damaged: {MANIFEST} cannot be read"
-    if fault := _misfit(folder, files):
-        return f"is damaged: {fault}"
-    for name, (size, _) in sorted(files.items()):
-        if (folder / name).stat().st_size != size:
-            return f"is damaged: {name} has {(folder / name).stat().st_size} bytes, and had {size}"
-    return None
-
-
-def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and checksum of each file, as the manifest lists them."""
-    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return {name: (int(files[name]["bytes"]), str(files[name]["blake2b"])) for name in files}
-
-
-def _misfit(folder: Path, files: Mapping[str, object]) -> str | None:
-    """Where the manifest's list, the folder's name and the files there are do not belong together."""
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        ranks, step = range(state["world_size"]), state["step"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return f"{STATE} cannot be read"
-    expected = {STATE, *(_rank_file(rank) for rank in ranks)}
-    if lost := sorted(name for name in expected if not (folder / name).is_file()):
-        return f"{lost[0]} is gone"
-    if unlisted := sorted((expected | _rank_files(folder)) - files.keys(), reverse=True):
-        return f"{MANIFEST} does not list {unlisted[0]}"
-    if foreign := sorted(files.keys() - expected):
-        return f"{MANIFEST} lists '{foreign[0]}', which is no part of a checkpoint of {len(ranks)} rank(s)"
-    if _step_of(folder) not in (None, step):
-        return f"its {STATE} is of step {step}"
-    return None
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
-
-
-def _rank_files(folder: Path) -> set[str]:
-    return {file.name for file in folder.glob("rank-*.safetensors")}
-
-
-def _step_of(folder: Path) -> int | None:
-    """The step in the name of a checkpoint's folder; None for any other folder."""
-    number = folder.name.removeprefix("step-")
-    return int(number) if number != folder.name and number.isascii() and number.isdecimal() else None
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a run's checkpoints/, oldest first; what else lies there is left out."""
-    found = {path: step for path in folder.glob("step-*") if (step := _step_of(path)) is not None}
-    return sorted((path for path in found if (path / MANIFEST).is_file()), key=lambda path: found[path])
-
-
-def newest_whole(folder: Path) -> Path:
-    """The newest checkpoint of a run's folder that lacks nothing, or `folder` itself where it is a checkpoint.
-
-    Checksums are not compared: `trained_weights` does. Raises CheckpointError where there is none.
-    """
-    if (folder / MANIFEST).is_file():
-        return folder
-    found = _first_whole(complete_checkpoints(folder / _FOLDER)[::-1], _lack)
-    if not found:
-        raise CheckpointError(f"'{folder}' is neither a complete checkpoint nor a run's folder that holds one")
-    return found
-
-
-def _first_whole(candidates: Iterable[Path], fault_of: Callable[[Path], str | None]) -> Path | None:
-    """The first undamaged checkpoint; the damaged ones before it are named."""
-    for folder in candidates:
-        fault = fault_of(folder)
-        if not fault:
-            return folder
-        log.warning("'%s' %s; going on with the one before", folder, fault)
-    return None
 
 
 class Checkpoints:
@@ -229,7 +95,7 @@ class Checkpoints:
     def _write_part(self, aside: Path, tensors: dict[str, Tensor]) -> None:
         """Write this rank's tensors, and beside them their seal, or what went wrong: the main process waits for it."""
         rank = self.accelerator.process_index
-        file = aside / _rank_file(rank)
+        file = aside / rank_file(rank)
         seal = file.with_suffix(".json")
         try:
             aside.mkdir(parents=True, exist_ok=True)
@@ -246,7 +112,7 @@ class Checkpoints:
         _write_json(aside / STATE, state)
         files = {STATE: _seal(aside / STATE)}
         for rank in range(self.accelerator.num_processes):
-            part = (aside / _rank_file(rank)).with_suffix(".json")
+            part = (aside / rank_file(rank)).with_suffix(".json")
             while not part.exists():  # a rank that ends without a word ends the whole run
                 time.sleep(_POLL_S)
             sealed = json.loads(part.read_text(encoding="utf-8"))
@@ -301,7 +167,7 @@ class Checkpoints:
                 raise CheckpointError(f"run.resume: '{resume}' {fault}")
             return Path(resume)
         candidates = self.complete()[::-1]
-        found = _first_whole(candidates, self._damage)
+        found = first_whole(candidates, self._damage)
         if candidates and not found:
             raise CheckpointError(
                 f"none of the checkpoints in '{self.folder}' can be used; start anew with run.resume=never"
@@ -328,12 +194,7 @@ def is_better(figure: str, value: float | None, *, than: float | None) -> bool:
 def _seal(file: Path) -> dict[str, Any]:
     """Put a file onto the disk, and tell its size and checksum."""
     _sync(file)
-    return {"bytes": file.stat().st_size, "blake2b": _checksum(file)}
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {"bytes": file.stat().st_size, "blake2b": checksum(file)}
 
 
 def _sync(path: Path) -> None:

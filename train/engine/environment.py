@@ -22,8 +22,8 @@ _PACKAGES = (
 )
 
 
-def write_environment(folder: Path, accelerator: Accelerator) -> None:
-    """Write environment.json: versions, commit, command, ranks and device."""
+def write_environment(file: Path, accelerator: Accelerator) -> None:
+    """Write to a file: versions, commit, command, ranks and device."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
@@ -38,7 +38,7 @@ def write_environment(folder: Path, accelerator: Accelerator) -> None:
         "world_size": accelerator.num_processes,
         "device": str(accelerator.device),
     }
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    file.write_text(json.dumps(environment, indent=2) + "\n")
 
 
 def _commit() -> str | None:

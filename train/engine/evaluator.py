@@ -21,7 +21,8 @@ from train.data.workers import Results
 from train.engine.stop import StopRequest
 from train.errors import ConfigError
 from train.inference.metrics import METRICS
-from train.schema import Batch, Record, Sample
+from train.modules.packed import PackedModel
+from train.schema import KINDS, Batch, Record, Sample
 
 R = TypeVar("R")
 
@@ -184,7 +185,7 @@ class Evaluator:
             values |= {f"eval/loss/{name}": float(loss[i] / weight[i].clamp(min=1e-12)) for i, name in enumerate(names)}
         return values
 
-    def _answers(self, model: Any, sums: Tensor) -> list[tuple[int, Prediction]]:
+    def _answers(self, model: PackedModel, sums: Tensor) -> list[tuple[int, Prediction]]:
         """This rank's answers by record; `sums` (2, figures, types) takes their number and their scores."""
         predictions = []
         processor = self.records.processor
@@ -198,7 +199,7 @@ class Evaluator:
                     synced_gpus=self.accelerator.num_processes > 1,
                 )
             for index, record, ids in zip(prompts.batch.records, prompts.records, answers, strict=False):
-                answer = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                answer = str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
                 reference = processor.reference(record).strip()
                 kind = self._type_index(index)
                 sums[0, 0, kind] += 1
@@ -246,20 +247,20 @@ class _Stopped(Exception):
 def prompt_batches(records: Sequence[int], lengths: np.ndarray, limits: Limits, most: int) -> list[list[int]]:
     """The records by length, at most `most` at a time, within the limits as batches padded to the longest prompt.
 
-    lengths: int (all records, 3) of tokens, patches and mel frames; a record over the limits is a batch of its own.
+    lengths: int (all records, 1 + kinds), rows of `Lengths`; a record over the limits is a batch of its own.
     """
+    most_units = limits.row()[1:]
     batches: list[list[int]] = []
-    patches = frames = 0
+    units = np.zeros(len(KINDS), dtype=np.int64)
     for record in sorted(records, key=lambda index: int(lengths[index, 0])):
-        longest, *media = lengths[record].tolist()
-        patches, frames = patches + media[0], frames + media[1]
+        longest, own = int(lengths[record, 0]), lengths[record, 1:]
         count = len(batches[-1]) + 1 if batches else most + 1
-        fits = count * longest <= limits.tokens and patches <= limits.patches and frames <= limits.frames
-        if fits and count <= most:
+        if count <= most and count * longest <= limits.tokens and (units + own <= most_units).all():
             batches[-1].append(record)
+            units = units + own
         else:
             batches.append([record])
-            patches, frames = media
+            units = own
     return batches
 
 

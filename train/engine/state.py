@@ -8,49 +8,15 @@ communication.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from train.errors import CheckpointError
+from train.export.checkpoint import MASTER, MOMENTS, SavedState
 from train.modules.trainable import canonical_name
-
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class SavedState:
-    """The fragments in the files of a checkpoint, read where they are asked for."""
-
-    def __init__(self, files: list[Path]):
-        self._open = ExitStack()
-        self._fragments: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        for file in files:
-            held = self._open.enter_context(safe_open(file, "pt"))
-            for key in held.keys():  # noqa: SIM118  (not a mapping)
-                kind, name, start = key.split("/")
-                size = held.get_slice(key).get_shape()[0]
-                self._fragments.setdefault((kind, name), []).append((int(start), size, held, key))
-
-    def __enter__(self) -> "SavedState":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def read(self, kind: str, name: str, start: int, size: int) -> Tensor:
-        """Float32 (size,): a stretch of a flattened parameter, put together of the fragments that hold it."""
-        values = torch.empty(size)
-        for first, count, held, key in self._fragments[kind, name]:
-            low, high = max(first, start), min(first + count, start + size)
-            if low < high:
-                values[low - start : high - start] = held.get_slice(key)[low - first : high - first]
-        return values
 
 
 class TrainedState(ABC):

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train.engine.optimizer import LearningRates
 from train.engine.stop import StopRequest
-from train.families.family import Medium
-from train.schema import Batch
+from train.modules.objectives import Objective
+from train.schema import KINDS, Batch, Kind
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class StepResult:
 class TrainStep:
     """Computes gradients and updates the parameters; every rank must call it with equally many packs.
 
+    objective: what is learned.
     seed: what dropout is drawn from, with the step and a pack's records: the same whatever the number of ranks, and
     after any stop.
-    media: the medium without which a module is idle in a step, by module (see `Family.media`).
+    media: the kind of media without which a module is idle in a step, by module (see `Family.media`).
     stop: asked at the end of each step, so that all ranks know of it alike.
     max_grad_norm: global L2 norm that gradients are scaled down to (0 = never); under DeepSpeed its own
     configuration says it.
@@ -62,14 +63,16 @@ class TrainStep:
         optimizer: Any,
         rates: LearningRates,
         *,
+        objective: Objective,
         seed: int,
-        media: Mapping[str, Medium],
+        media: Mapping[str, Kind],
         sources: int,
         max_grad_norm: float,
         stop: StopRequest | None = None,
     ):
         self.accelerator, self.model, self.optimizer, self.rates = accelerator, model, optimizer, rates
-        self.seed, self.media, self.sources, self.max_grad_norm = seed, media, sources, max_grad_norm
+        self.objective, self.seed = objective, seed
+        self.media, self.sources, self.max_grad_norm = media, sources, max_grad_norm
         self.stop = stop or StopRequest()
         self._deepspeed = accelerator.distributed_type == "DEEPSPEED"
 
@@ -78,19 +81,18 @@ class TrainStep:
         counts = self._summed(
             torch.tensor(
                 [
-                    sum(float(batch.loss_weights.sum()) for batch in batches),
+                    sum(self.objective.weight(batch) for batch in batches),
                     sum(int(batch.cu_seqlens[-1]) for batch in batches if batch.records),
                     sum(int((batch.loss_weights > 0).sum()) for batch in batches),
                     bad_records,
-                    sum(len(batch.patches) for batch in batches),
-                    sum(batch.mel.shape[1] for batch in batches),
+                    *(sum(batch.units(kind) for batch in batches) for kind in KINDS),
                 ],
                 dtype=torch.float64,
             )
         )
         weight = float(counts[0])
         # DeepSpeed updates in its last backward, so the rates are set before it.
-        rates = self.rates.set(self.optimizer, step, self._idle(patches=int(counts[4]), frames=int(counts[5])))
+        rates = self.rates.set(self.optimizer, step, self._idle(counts[4:]))
         sums = torch.zeros(2, self.sources, dtype=torch.float64)
         suspects: list[int] = []
         for index, batch in enumerate(batches):
@@ -117,9 +119,10 @@ class TrainStep:
             stop=bool(sums[2].any()),
         )
 
-    def _idle(self, **used: int) -> set[str]:
-        """The modules that nothing in the step uses: their gradient is the dummy's zero."""
-        return {module for module, medium in self.media.items() if not used[medium]}
+    def _idle(self, units: Tensor) -> set[str]:
+        """The modules that nothing in the step uses: their gradient is the dummy's zero. units: of each of KINDS."""
+        used = {kind for kind, count in zip(KINDS, units.tolist(), strict=True) if count}
+        return {module for module, kind in self.media.items() if kind not in used}
 
     def _forward_backward(self, batch: Batch, weight: float, *, is_last: bool) -> Tensor:
         """The pack's share of the step's gradient; returns the loss of each target.
@@ -128,10 +131,10 @@ class TrainStep:
         """
         self.accelerator.gradient_state._set_sync_gradients(is_last)
         with self._without_reduction() if not is_last else nullcontext():
-            output = self.model(batch=batch.to(self.accelerator.device))
+            loss = self.objective.loss(self.model, batch.to(self.accelerator.device))
             scale = self.accelerator.num_processes / weight if weight else 0.0
-            self.accelerator.backward(output.loss_sum * scale)
-        return output.token_losses
+            self.accelerator.backward(loss.total * scale)
+        return loss.each
 
     def _without_reduction(self) -> AbstractContextManager:
         if isinstance(self.model, DistributedDataParallel):

@@ -1,5 +1,1 @@
-"""Model families: one small declaration each. `find` recognises a model folder's."""
-
-from train.families.family import Family, find
-
-__all__ = ["Family", "find"]
+"""Model families: a folder each, with a declaration that `registry.FAMILIES` names."""

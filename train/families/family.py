@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -16,15 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from train.errors import CheckpointError
 from train.modules.flops import Flops
+from train.modules.packed import PackedModel
 from train.modules.trainable import FROZEN, Rules
+from train.schema import Kind, Processor
 
 log = logging.getLogger(__name__)
 
-Medium = Literal["patches", "frames"]
-"""Field of `schema.Lengths` that counts a medium."""
+LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a Llama, which LoRA adapts where the options name none."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class Family:
     rules: Rules
     """Ordered (pattern of parameter names, module); every parameter must be covered."""
     flops_function: str
-    """Predicts a step's work: (model, its config, tuned modules) to `modules.flops.Flops`."""
-    media: Mapping[str, Medium]
-    """What a module needs in a step to have anything to learn from; a module not named here always learns."""
+    """Predicts a step's work: (model, tuned modules) to `modules.flops.Flops`."""
+    media: Mapping[str, Kind]
+    """The kind of media that a module needs in a step to have anything to learn from; one not named always learns."""
     lora_targets: Mapping[str, tuple[str, ...]]
     """Linear layers that LoRA adapts in each module if the options name none."""
     auto_classes: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +70,7 @@ class Family:
     def config(self, folder: Path | str) -> PreTrainedConfig:
         """The folder's configuration; CheckpointError names what it asks for that the model does not do."""
         file = Path(folder) / "config.json"
-        stated = _read_json(file) or {}
+        stated = read_json(file) or {}
         lacking = [key for key in self.stated_keys if not any(_states(stated, name) for name in key.split("|"))]
         if lacking:
             names = ", ".join(repr(key.split("|")[0]) for key in lacking)
@@ -89,7 +92,7 @@ class Family:
         dtype: torch.dtype | None = None,
         in_float32: Callable[[str], bool] | None = None,
         device: torch.device | None = None,
-    ) -> Any:
+    ) -> PackedModel:
         """The model with the folder's weights, each read once, in its final dtype and on its final device.
 
         Args:
@@ -121,28 +124,43 @@ class Family:
             )
         return model
 
-    def random_model(self, folder: Path | str, seed: int) -> Any:
+    def random_model(self, folder: Path | str, seed: int) -> PackedModel:
         """A model of the folder's configuration with weights drawn from `seed`, float32."""
         model_class = _resolve(self.model_class)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return model_class(self.config(folder))
 
-    def skeleton(self, folder: Path | str) -> Any:
+    def skeleton(self, folder: Path | str) -> PackedModel:
         """A model of the folder's configuration with its parameters on the meta device, and its buffers filled."""
         model_class = _resolve(self.model_class)
         with register_module_parameter_registration_hook(_on_meta):  # type: ignore[arg-type]  # it may answer
             return model_class(self.config(folder))
 
-    def flops(self, model: Any, tuned: Collection[str]) -> Flops:
+    def flops(self, model: nn.Module, tuned: Collection[str]) -> Flops:
         """Predicted floating-point work of a training step in which the `tuned` modules learn."""
-        return _resolve(self.flops_function)(model, model.config, tuned)
+        return _resolve(self.flops_function)(model, tuned)
 
     def conversion(self, form: str) -> Any:
         """The `conversion.Conversion` to a form."""
         return _resolve(self.conversions[form])
 
-    def load_processor(self, folder: Path | str) -> Any:
+    def register_auto_classes(self) -> None:
+        """Tell transformers' Auto classes about the classes in `auto_classes`."""
+        if not self.auto_classes:
+            return
+        config_class = _resolve(self.auto_classes["AutoConfig"])
+        for name, reference in self.auto_classes.items():
+            auto, ours = getattr(transformers, name), _resolve(reference)
+            if name == "AutoConfig":
+                auto.register(config_class.model_type, config_class, exist_ok=True)
+            elif name == "AutoImageProcessor":
+                # Not `transformers.AutoImageProcessor`: without torchvision, that of 5.17 and 5.18 only refuses.
+                AutoImageProcessor.register(config_class, slow_image_processor_class=ours, exist_ok=True)
+            else:
+                auto.register(config_class, ours, exist_ok=True)
+
+    def load_processor(self, folder: Path | str) -> Processor:
         """The processor (tokenizer, pictures, audio) of the folder."""
         self.config(folder)
         return _resolve(self.processor_class).from_pretrained(folder, local_files_only=True)
@@ -195,7 +213,7 @@ def quieten_transformers() -> None:
 def _with_float32(model_class: Any, in_float32: Callable[[str], bool]) -> Any:
     """The class, whose `from_pretrained` loads what `in_float32` names, and all buffers, in float32."""
 
-    def dtype_plan(self: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    def dtype_plan(self: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
         names = [name for name, _ in self.named_parameters() if in_float32(name)]
         names += [name for name, _ in self.named_buffers()]
         return {f"^{re.escape(name)}$": torch.float32 for name in names}
@@ -209,27 +227,6 @@ def _resolve(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def find(folder: Path | str) -> Family:
-    """The family of a model folder, by its config.json and chat template."""
-    from train.families.megrezo import MEGREZO
-    from train.families.text import MEGREZ_INSTRUCT, MINICPM, MINICPM_LLAMA
-
-    families = (MEGREZO, MEGREZ_INSTRUCT, MINICPM, MINICPM_LLAMA)
-    config = _read_json(Path(folder) / "config.json")
-    if config is None:
-        raise CheckpointError(f"'{folder}' has no config.json, so it is not a model folder")
-    model_type, chat_template = str(config.get("model_type")), _chat_template(Path(folder))
-    for family in families:
-        if family.recognises(model_type, chat_template):
-            return family
-    known = ", ".join(family.name for family in families)
-    raise CheckpointError(
-        f"'{folder}' is of no known family, by model_type '{model_type}' in config.json and "
-        f"{'its' if chat_template else 'the lack of a'} chat template (chat_template.jinja, tokenizer_config.json); "
-        f"known are {known}"
-    )
-
-
 def _unreadable(folder: Path) -> str:
     """The file of weights that does not open, as a file cut short does not."""
     for file in sorted(folder.glob("*.safetensors")):
@@ -241,15 +238,8 @@ def _unreadable(folder: Path) -> str:
     return f"the weights in '{folder}'"
 
 
-def _chat_template(folder: Path) -> str:
-    """The text of a folder's chat template; "" if it has none."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    return str((_read_json(folder / "tokenizer_config.json") or {}).get("chat_template") or "")
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON file of a model folder; None where there is none, CheckpointError where it is damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

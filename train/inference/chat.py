@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-from train.data.media import MediumKind
 from train.errors import OmniTuneError
-from train.families import find
+from train.families.registry import find
 from train.inference.search import LocalSearch, Searched, answer
+from train.modules.packed import PackedModel
+from train.schema import Kind
 
 
 @dataclass
 class Chat:
     """A model with its processor, ready to answer."""
 
-    model: Any
-    media: frozenset[MediumKind]
+    model: PackedModel
+    media: frozenset[Kind]
     """What the model takes beside text."""
 
     @classmethod
@@ -30,12 +31,12 @@ class Chat:
         system_prompt: in place of the model's own; "" for none.
         """
         family = find(folder)
-        model = family.load_model(folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = family.load_model(folder, device=where)
         model.processor = family.load_processor(folder)
         if system_prompt is not None:
             model.processor.system_prompt = system_prompt
-        kinds: dict[str, MediumKind] = {"patches": "image", "frames": "audio"}
-        return cls(model.eval(), frozenset(kinds[medium] for medium in family.media.values()))
+        return cls(model.eval(), frozenset(family.media.values()))
 
     def answer(
         self,
@@ -71,11 +72,11 @@ class Chat:
 
         Raises OmniTuneError for a model whose family knows no function calls.
         """
-        if "observation" not in self.model.processor.template.roles:
+        if "observation" not in self.model.processor.roles:
             raise OmniTuneError("this model's family knows no function calls, so it cannot search")
         next_turn = partial(self._next_turn(max_new_tokens, temperature, options), skip_special_tokens=False)
         return answer(next_turn, messages, search, now=datetime.now())
 
     def _next_turn(self, max_new_tokens: int, temperature: float, options: dict[str, Any]) -> Callable[..., Any]:
-        sampling = {"sampling": temperature > 0, "temperature": temperature}
+        sampling: dict[str, Any] = {"sampling": temperature > 0, "temperature": temperature}
         return partial(self.model.chat, max_new_tokens=max_new_tokens, **sampling, **options)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from train.errors import OmniTuneError
+from train.modules.packed import PackedModel
 from train.modules.trainable import Rules, canonical_name, is_adapter, module_of
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _config(settings: LoraSettings, names: list[str], saved: Sequence[str] = ())
 
 
 def quantize_linear_layers(
-    model: Any, rules: Rules, module: str, *, compute_dtype: torch.dtype, device: torch.device
+    model: PackedModel, rules: Rules, module: str, *, compute_dtype: torch.dtype, device: torch.device
 ) -> None:
     """Keep the linear layers of `module` in 4 bits: NF4, blocks of 64 weights, scales quantised again (QLoRA).
 
@@ -92,7 +93,7 @@ def quantize_linear_layers(
         if isinstance(layer, nn.Linear) and layer is not head and module_of(f"{name}.weight", rules) == module:
             with gather_params_ctx(layer.weight):  # whole under ZeRO-3 too, which shards the packed ones again
                 model.set_submodule(name, _quantized(layer, compute_dtype, device))
-    model.is_loaded_in_4bit = True  # peft goes by it
+    setattr(model, "is_loaded_in_4bit", True)  # noqa: B010  peft goes by it
 
 
 def _quantized(layer: nn.Linear, compute_dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from threading import Event
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AutoProcessor, StoppingCriteria, TextIteratorStreamer
 
-from train.schema import Batch
+from train.schema import Batch, Processor
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -23,7 +23,7 @@ class ChatMixin:
     generate: Any
 
     @cached_property
-    def processor(self) -> Any:
+    def processor(self) -> Processor:
         """The processor of the folder that the model came from; it may be set to another."""
         is_remote_code = type(self).__module__.startswith("transformers_modules.")
         return AutoProcessor.from_pretrained(self.config.name_or_path, trust_remote_code=is_remote_code)
@@ -65,7 +65,7 @@ class ChatMixin:
         is_batch = bool(messages) and not isinstance(messages[0], Mapping)
         if stream and is_batch:
             raise ValueError("one conversation can be streamed, not a list of them; ask them one by one")
-        conversations = messages if is_batch else [messages]
+        conversations = cast(Sequence[Messages], messages if is_batch else [messages])
         batch = self.processor.prompts(conversations, max_tokens=self.config.max_position_embeddings).to(self.device)
         options |= {"max_new_tokens": max_new_tokens, "do_sample": sampling and temperature != 0}
         if options["do_sample"]:
@@ -74,7 +74,7 @@ class ChatMixin:
         if stream:
             return self._pieces(batch, options, skip_special_tokens)
         decode = partial(self.processor.tokenizer.decode, skip_special_tokens=skip_special_tokens)
-        answers = [decode(ids) for ids in self.generate(batch, **options)]
+        answers = [str(decode(ids)) for ids in self.generate(batch, **options)]
         return answers if is_batch else answers[0]
 
     def _pieces(self, batch: Batch, options: dict[str, Any], skip_special_tokens: bool) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """What every model of the project does over packs: loss, logits, answers. Letters for shapes: see `schema`."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -7,14 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from train.modules.attention import Segments
 from train.modules.chatting import ChatMixin
 from train.modules.llm import packed_hidden_states
 from train.modules.loss import token_losses
-from train.schema import Batch
+from train.modules.towers import Tower
+from train.schema import Batch, Kind
 
 
 @dataclass
@@ -27,7 +29,7 @@ class PackedOutput(ModelOutput):
     """float32 (M,): cross-entropy of each supervised token, unweighted, without a graph."""
 
 
-class PackedModel(ChatMixin):
+class PackedModel(ChatMixin, PreTrainedModel):
     """Mixed into a transformers model whose language model is `llm`: a Llama, or what has a Llama's parts.
 
     `call_every_module` says whether a tower for which a batch has no input runs on a dummy: None means while
@@ -46,9 +48,27 @@ class PackedModel(ChatMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.llm.lm_head
 
+    @property
+    def towers(self) -> Mapping[Kind, Tower]:
+        """The tower of each kind of media; none in a model of text alone."""
+        return {}
+
     def embed(self, batch: Batch) -> Tensor:
-        """Token embeddings: (T, D)."""
-        return self.get_input_embeddings()(batch.input_ids)
+        """Token embeddings with what the towers make of the media in their places: (T, D).
+
+        Each tower runs once; where the batch has nothing for it, on a dummy whose output counts zero times.
+        So every rank runs the same collectives, and every parameter has a gradient, whatever a batch holds.
+        """
+        embeddings = self.get_input_embeddings()(batch.input_ids)
+        call_all = self.training if self.call_every_module is None else self.call_every_module
+        for kind, tower in self.towers.items():
+            if media := batch.media.get(kind):
+                embedded = tower(media.values, media.sizes).to(embeddings.dtype)
+                embeddings = embeddings.index_copy(0, media.places, embedded)
+            elif call_all:
+                nothing = (tower(*tower.dummy(embeddings.device)) * 0).sum()
+                embeddings = embeddings + nothing.to(embeddings.dtype)
+        return embeddings
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """What the head takes of all tokens: final hidden states, normed, (T, D)."""

@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from train.data.chat import CHAT_TEMPLATE_JINJA
+from train.families.megrezo.template import CHAT_TEMPLATE_JINJA
 from train.schema import Part, Record, Turn
 
 SPECIAL = [

@@ -3,16 +3,9 @@ import pickle
 import pytest
 
 from tests.unit.data.builders import make_tokenizer, talk
-from train.data.chat import (
-    DEFAULT_SYSTEM_PROMPT,
-    MEGREZ_TEMPLATE,
-    ChatTemplate,
-    RoleForm,
-    Segment,
-    Special,
-    TextEncoder,
-)
+from train.data.chat import ChatTemplate, RoleForm, Segment, Special, TextEncoder
 from train.errors import CheckpointError
+from train.families.megrezo.template import DEFAULT_SYSTEM_PROMPT, MEGREZ_TEMPLATE
 
 START, END, TURN_END = (Segment("special", name) for name in ("<|role_start|>", "<|role_end|>", "<|turn_end|>"))
 

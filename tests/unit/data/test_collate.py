@@ -3,23 +3,25 @@
 import torch
 
 from train.data.collate import collate
-from train.schema import IGNORE_INDEX, Sample
+from train.schema import IGNORE_INDEX, Kind, Media, Sample
 
 _ = IGNORE_INDEX
 
 
 def sample(ids: list[int], labels: list[int], *, slices: int = 0, clip: int = 0, weight: float = 1.0) -> Sample:
     labels_T = torch.tensor(labels)
+    media: dict[Kind, Media] = {}
+    if slices:
+        values = torch.full((4 * slices, 12), slices, dtype=torch.uint8)
+        media["image"] = Media(values, torch.tensor([[2, 2]] * slices), torch.arange(slices))
+    if clip:
+        media["audio"] = Media(torch.full((clip, 3), float(clip)), torch.tensor([clip]), torch.tensor([1]))
     return Sample(
         input_ids=torch.tensor(ids),
+        position_ids=torch.arange(len(ids)),
         labels=labels_T,
         loss_weights=(labels_T != IGNORE_INDEX).float() * weight,
-        patches=torch.full((4 * slices, 12), slices, dtype=torch.uint8),
-        slice_sizes=torch.tensor([[2, 2]] * slices, dtype=torch.int64).reshape(-1, 2),
-        image_places=torch.arange(slices),
-        mel=torch.full((3, clip), float(clip)),
-        clip_frames=torch.tensor([clip] if clip else [], dtype=torch.int64),
-        audio_places=torch.arange(1, 1 + (clip > 0)),
+        media=media,
     )
 
 
@@ -34,11 +36,11 @@ def test_two_samples_by_hand() -> None:
     assert batch.targets.tolist() == [6, 7, 10]
     assert batch.loss_weights.tolist() == [1.0, 1.0, 0.5]
     assert batch.target_sources.tolist() == [1, 1, 0]
-    assert batch.image_places.tolist() == [0]
-    assert batch.audio_places.tolist() == [4]
-    assert batch.slice_sizes.tolist() == [[2, 2]]
-    assert batch.clip_frames.tolist() == [4]
-    assert batch.mel.shape == (3, 4)
+    assert batch.media["image"].places.tolist() == [0]
+    assert batch.media["audio"].places.tolist() == [4]
+    assert batch.media["image"].sizes.tolist() == [[2, 2]]
+    assert batch.media["audio"].sizes.tolist() == [4]
+    assert batch.media["audio"].values.shape == (4, 3)
     assert batch.records == [30, 40]
 
 

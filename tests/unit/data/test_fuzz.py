@@ -20,13 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.builders import media_of
 from tests.unit.data.builders import PeakMemory, by_av, png_of, tone
 from train.data.plan import Limits, plan_epoch
 from train.data.record_set import BadNote, RecordSet, SourceSpec
-from train.families import find
+from train.families.registry import find
 
 TINY = Path(__file__).resolve().parents[3] / "data" / "tiny"
-LIMITS = Limits(tokens=512, patches=100_000, frames=100_000)
+LIMITS = Limits(512, {"image": 100_000, "audio": 100_000})
 
 pytestmark = [
     pytest.mark.timeout(1800, method="thread"),  # a hang in a decoder ends the process with a traceback
@@ -67,13 +68,15 @@ def notes_on(file: Path, count: int, **settings: Any) -> list[BadNote]:
         notes += bad
         if not batch.records:
             continue
-        found = [len(batch.input_ids), int(batch.slice_sizes.prod(dim=1).sum()), int(batch.clip_frames.sum())]
+        found = [len(batch.input_ids), batch.units("image"), batch.units("audio")]
         assert found == measured.lengths[batch.records].sum(axis=0).tolist()
-        assert len(batch.patches) == found[1]
-        assert batch.mel.shape[1] == found[2]
-        assert batch.mel.isfinite().all()
+        assert sum(height * width for height, width in media_of(batch, "image").sizes.tolist()) == found[1]
+        assert media_of(batch, "audio").sizes.sum() == found[2]
+        assert media_of(batch, "audio").values.isfinite().all()
         assert batch.loss_weights.isfinite().all()
-        assert len(batch.image_places) == processor().image_processor.image_feature_size * len(batch.slice_sizes)
+        assert len(media_of(batch, "image").places) == processor().image_processor.image_feature_size * len(
+            media_of(batch, "image").sizes
+        )
     for note in notes:
         assert f"{file}:{note.line}: " in note.reason or note.reason.startswith(str(file))
         assert len(note.reason) < 2000 + 4 * len(str(file))

@@ -8,8 +8,9 @@ from PIL import Image
 
 from tests.unit.data.builders import PeakMemory, png, png_of
 from train.data import images
-from train.data.images import SliceSettings, load_picture, picture_size, slices_of, to_rgb
+from train.data.images import load_picture, picture_size, to_rgb
 from train.errors import BadRecord
+from train.families.megrezo.slices import SliceSettings, slices_of
 
 
 def encoded(picture: Image.Image, form: str, **options) -> bytes:

@@ -6,16 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.builders import media_of
 from tests.runs import SAMPLE, write_records
 from train.data.loader import StepLoader, StepPlan
 from train.data.plan import Limits
 from train.data.record_set import Measured, RecordSet, SourceSpec, _within_bounds
 from train.errors import OmniTuneError
-from train.families import find
+from train.families.registry import find
 from train.schema import Lengths
 
 TINY = SAMPLE.parent / "tiny"
-LIMITS = Limits(tokens=256, patches=10_000, frames=10_000)
+LIMITS = Limits(256, {"image": 10_000, "audio": 10_000})
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,8 @@ def test_measured_lengths_are_those_of_the_batches(tmp_path: Path, processor: An
         batch, _ = records.batch([index])
         assert measured.lengths[index].tolist() == [
             len(batch.input_ids),
-            int(batch.slice_sizes.prod(dim=1).sum()),
-            int(batch.clip_frames.sum()),
+            sum(height * width for height, width in media_of(batch, "image").sizes.tolist()),
+            sum(media_of(batch, "audio").sizes.tolist()),
         ]
 
 
@@ -65,13 +66,13 @@ def test_a_few_records_are_bounded() -> None:
     """A mix whose media are there already is left out where it would be too much; what brings a medium stays."""
     text, picture, clip, both = (
         (20, 0, Lengths(20)),
-        (700, 1, Lengths(700, patches=9000)),
-        (800, 2, Lengths(800, frames=3000)),
-        (900, 3, Lengths(900, patches=100, frames=100)),
+        (700, 1, Lengths(700, {"image": 9000})),
+        (800, 2, Lengths(800, {"audio": 3000})),
+        (900, 3, Lengths(900, {"image": 100, "audio": 100})),
     )
     assert _within_bounds([text, picture, clip, both]) == [0, 1, 2]
     assert _within_bounds([text, both]) == [0, 3]
-    assert _within_bounds([(1, 5, Lengths(1, patches=1)), (2, 6, Lengths(2, 1, 2))]) == [5, 6]
+    assert _within_bounds([(1, 5, Lengths(1, {"image": 1})), (2, 6, Lengths(2, {"image": 1, "audio": 2}))]) == [5, 6]
 
 
 def test_every_record_once_an_epoch_whatever_the_ranks(tmp_path: Path, processor: Any) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from train.data.plan import Limits, assign, choose_records, pack, plan_epoch
 
-LIMITS = Limits(tokens=100, patches=50, frames=1000)
+LIMITS = Limits(100, {"image": 50, "audio": 1000})
 
 
 def lengths_of(*tokens: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import soundfile
 import torch
 from PIL import Image
 
+from tests.builders import media_of
 from tests.unit.data.builders import tone
-from train.data.processor import MegrezOProcessor
 from train.errors import BadRecord
+from train.families.megrezo.processor import MegrezOProcessor
 from train.schema import Batch
 
 
@@ -25,9 +26,7 @@ def ask(processor: MegrezOProcessor, *contents: Any, max_tokens: int = 4096) -> 
 
 
 def assert_equal(found: Batch, expected: Batch) -> None:
-    for item in fields(Batch):
-        one, other = getattr(found, item.name), getattr(expected, item.name)
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, item.name
+    torch.testing.assert_close(asdict(found), asdict(expected), rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_forms_of_a_picture(processor: MegrezOProcessor, picture: Path) -> None:
     expected = ask(processor, {"text": "What?", "image": str(picture)})
-    height, width = expected.slice_sizes[0].tolist()
+    height, width = media_of(expected, "image").sizes[0].tolist()
     assert height > width  # upright
     url = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
     with Image.open(picture) as opened:
@@ -62,7 +61,7 @@ def test_forms_of_a_picture(processor: MegrezOProcessor, picture: Path) -> None:
             assert_equal(ask(processor, listed), expected)
         assert_equal(ask(processor, [{"type": "image_url", "image_url": {"url": url}}, *listed[1:]]), expected)
         two = ask(processor, {"image": [opened, "cat.png"]})
-    assert len(two.slice_sizes) == 2 * len(expected.slice_sizes)
+    assert len(media_of(two, "image").sizes) == 2 * len(media_of(expected, "image").sizes)
 
 
 def test_forms_of_a_recording(processor: MegrezOProcessor, recording: Path) -> None:
@@ -145,10 +144,10 @@ def test_faults(
 def test_pictures_of_a_program_may_be_of_any_mode(processor: MegrezOProcessor) -> None:
     for mode in ("L", "P", "CMYK", "F", "I;16"):
         batch = ask(processor, {"image": Image.new(mode, (30, 30))})
-        assert len(batch.slice_sizes) == 1, mode
+        assert len(media_of(batch, "image").sizes) == 1, mode
 
 
 def test_an_encoded_picture_may_be_a_stream_of_bytes(processor: MegrezOProcessor) -> None:
     file = io.BytesIO()
     Image.new("RGB", (30, 30), "red").save(file, "JPEG")
-    assert ask(processor, {"image": file.getvalue()}).patches.float().mean(0)[0] > 250
+    assert media_of(ask(processor, {"image": file.getvalue()}), "image").values.float().mean(0)[0] > 250

@@ -13,8 +13,9 @@ from tests.unit.data.builders import make_tokenizer, png, talk
 from train.data.functions import WEB_SEARCH, Call, Found, observation_text, read_call, system_text
 from train.data.readers import open_source
 from train.data.records import parse_record
-from train.data.text import MegrezTextProcessor, MiniCPMProcessor
 from train.errors import BadRecord, CheckpointError
+from train.families.megrez_instruct.processor import MegrezTextProcessor
+from train.families.minicpm.processor import MiniCPMProcessor
 from train.schema import IGNORE_INDEX, Sample
 
 CALL = '<|function_start|>{"q":1}<|function_end|>'

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from tests.builders import media_of
 from tests.unit.data.builders import png, tone, wav
 from train.data import images, media, records
 from train.data.audio import clip_length, load_clip
@@ -131,7 +132,7 @@ def test_odd_media_that_are_used(tmp_path: Path, processor: Any, kind: str, name
     measured, notes = used.measure()
     batch, bad = used.batch([0])
     assert notes == bad == []
-    assert measured.lengths[0].tolist() == [len(batch.input_ids), len(batch.patches), batch.mel.shape[1]]
+    assert measured.lengths[0].tolist() == [len(batch.input_ids), batch.units("image"), batch.units("audio")]
     if kind == "image":
         assert load_picture(str(tmp_path / name)).getpixel((4, 4)) == pytest.approx((255, 0, 0), abs=3)
 
@@ -204,7 +205,7 @@ def test_special_tokens_and_placeholders_in_a_text_stay_text(tmp_path: Path, pro
     batch, _ = used.batch([1])
     assert notes == []
     assert measured.lengths[1, 0] - measured.lengths[0, 0] == len(text) - 1  # a byte a token
-    assert len(batch.image_places) == len(batch.audio_places) == 0
+    assert len(media_of(batch, "image").places) == len(media_of(batch, "audio").places) == 0
     assert processor.tokenizer.decode(batch.input_ids[6 : 6 + len(text)]) == text
 
 

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from tests.runs import forget_accelerator
-from train.engine.checkpoint import MANIFEST, Checkpoints, damage, is_better, newest_whole, read_state, trained_weights
-from train.engine.state import SavedState
+from train.engine.checkpoint import Checkpoints, is_better
 from train.errors import CheckpointError
+from train.export.checkpoint import MANIFEST, SavedState, damage, newest_whole, read_state, trained_weights
 
 PARAMETERS = {"a.weight": [2, 3], "b": [4]}
 

@@ -8,7 +8,7 @@ from train.engine.evaluator import prompt_batches
 
 def test_a_batch_of_prompts_keeps_to_the_limits_of_a_pack() -> None:
     """Tokens count as padded to the longest of the batch."""
-    limits = Limits(tokens=100, patches=50, frames=40)
+    limits = Limits(100, {"image": 50, "audio": 40})
     lengths = np.array(
         [
             (30, 0, 0),

@@ -1,7 +1,7 @@
 """Sources as the options name them."""
 
 from train.config import SourceOptions
-from train.engine.build_data import source_specs
+from train.sources import source_specs
 
 
 def test_a_name_that_is_taken_gets_a_number() -> None:

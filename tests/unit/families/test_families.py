@@ -7,8 +7,8 @@ import pytest
 
 from tests.runs import ROOT, write_small_model
 from train.errors import CheckpointError
-from train.families import find
-from train.inference.export import write_random_model
+from train.export.export import write_random_model
+from train.families.registry import find
 from train.modules.trainable import module_of
 
 MEGREZ = "{{ '<|role_start|>' ~ message['role'] ~ '<|role_end|>' }}"

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from tests.builders import tiny_config, tiny_megrezo
 from tests.runs import ROOT
-from train.families import find
+from train.families.registry import find
 from train.modules.trainable import module_of
 
 
@@ -53,7 +53,7 @@ def test_without_a_choice_the_stored_dtype_stays(folder: Path) -> None:
 LOAD = """
 import json, sys, threading, time, re
 import torch
-from train.families import find
+from train.families.registry import find
 
 def anonymous():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 
 from tests.unit.data.builders import talk, wav
 from tests.unit.families.published import ABSENT, NAMES, PUBLISHED, add_tokenizer, changed
-from train.data.text import MiniCPMProcessor
 from train.errors import CheckpointError
-from train.families import Family, find
+from train.families.family import Family
+from train.families.minicpm.processor import MiniCPMProcessor
+from train.families.registry import find
 
 OMNI, INSTRUCT, MINICPM, MINICPM_LLAMA = NAMES
 

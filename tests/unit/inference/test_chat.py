@@ -7,8 +7,8 @@ import pytest
 
 from tests.runs import ROOT
 from train.errors import BadRecord
+from train.export.export import write_random_model
 from train.inference.chat import Chat
-from train.inference.export import write_random_model
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

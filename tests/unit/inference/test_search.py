@@ -11,8 +11,9 @@ import torch
 from tests.runs import ROOT
 from tests.unit.data.builders import make_tokenizer
 from train.data.functions import WEB_SEARCH, Call, Found, system_text
-from train.data.text import MegrezTextProcessor, MiniCPMProcessor
 from train.errors import OmniTuneError
+from train.families.megrez_instruct.processor import MegrezTextProcessor
+from train.families.minicpm.processor import MiniCPMProcessor
 from train.inference.chat import Chat
 from train.inference.search import MAX_CALLS, RESULTS, LocalSearch, Searched
 from train.modules.chatting import ChatMixin

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import train.auto  # noqa: F401
 from tests.runs import write_small_model
 from train.errors import BadRecord
-from train.inference.export import write_random_model
-from train.modules.megrezo import MegrezO
+from train.export.export import write_random_model
+from train.families.megrezo.model import MegrezO
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
 CLIP = (np.random.default_rng(1).normal(0, 0.1, 8000).astype(np.float32), 16_000)

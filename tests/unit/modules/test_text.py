@@ -7,7 +7,8 @@ import transformers
 from torch import Tensor
 
 from tests.builders import make_batch, make_sample, randomize, tiny_config
-from train.modules.text import LlamaConfig, LlamaForCausalLM, MiniCPMConfig, MiniCPMForCausalLM
+from train.families.minicpm.model import MiniCPMConfig, MiniCPMForCausalLM
+from train.modules.text import LlamaConfig, LlamaForCausalLM
 from train.schema import Batch, Sample
 
 SIZES = {

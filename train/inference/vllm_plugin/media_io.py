@@ -11,8 +11,7 @@ from vllm import envs
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.audio import AudioMediaIO
 
-from train.data.audio import load_clip
-from train.geometry import SAMPLE_RATE
+from train.data.audio import SAMPLE_RATE, load_clip
 from train.schema import MediaSource
 
 

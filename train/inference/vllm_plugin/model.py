@@ -13,8 +13,8 @@ from vllm.model_executor.models.interfaces import SupportsMultiModal
 from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from train.families.megrezo.model import Audio, Vision
 from train.inference.vllm_plugin.processing import PLACEHOLDERS, DummyInputs, MediaProcessor, ProcessingInfo
-from train.modules.megrezo import Audio, Vision
 
 
 @MULTIMODAL_REGISTRY.register_processor(MediaProcessor, info=ProcessingInfo, dummy_inputs=DummyInputs)

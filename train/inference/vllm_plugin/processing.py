@@ -28,10 +28,10 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 
-from train.data.audio import fit_clip, log_mel, resampled
+from train.data.audio import SAMPLE_RATE, clip_samples, fit_clip, log_mel, resampled
 from train.data.images import load_picture, to_rgb
-from train.data.processor import AUDIO_ENDS, IMAGE_ENDS, PLACE, MegrezOProcessor
-from train.geometry import SAMPLE_RATE, clip_samples
+from train.families.megrezo.geometry import mel_frames
+from train.families.megrezo.processor import AUDIO_ENDS, IMAGE_ENDS, PLACE, MegrezOProcessor
 from train.inference.vllm_plugin import media_io  # noqa: F401  its connector takes effect by being imported
 from train.inference.vllm_plugin.options import refuse_options
 
@@ -121,7 +121,7 @@ class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
     """From media to the model's inputs, and from placeholders to tokens.
 
     One picture is one item with all its slices. Its fields are those of `schema.Batch`, items end to end:
-    `patches` uint8 (P, 3·patch²), `slice_sizes` int64 (S, 2), `slices_per_picture`; `mel` float (B, F), `clip_frames`.
+    `patches` uint8 (P, 3·patch²), `slice_sizes` int64 (S, 2), `slices_per_picture`; `mel` float (F, B), `clip_frames`.
     """
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
@@ -130,9 +130,9 @@ class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         if "images" in hf_data:
             fields.update(processor.image_processor.preprocess(hf_data["images"]))
         if "audio" in hf_data:
-            mels = [log_mel(clip, processor.feature_extractor) for clip in hf_data["audio"]]
-            fields["mel"] = torch.cat(mels, dim=1)
-            fields["clip_frames"] = torch.tensor([mel.shape[1] for mel in mels])
+            mels = [log_mel(clip, processor.feature_extractor, mel_frames(len(clip))) for clip in hf_data["audio"]]
+            fields["mel"] = torch.cat(mels)
+            fields["clip_frames"] = torch.tensor([len(mel) for mel in mels])
         return fields
 
     def _get_mm_fields_config(
@@ -148,7 +148,7 @@ class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             config["slice_sizes"] = field.flat_from_sizes("image", slices, keep_on_cpu=True)
             config["slices_per_picture"] = field.batched("image", keep_on_cpu=True)
         if "mel" in hf_inputs:
-            config["mel"] = field.flat_from_sizes("audio", hf_inputs["clip_frames"], dim=1)
+            config["mel"] = field.flat_from_sizes("audio", hf_inputs["clip_frames"])
             config["clip_frames"] = field.batched("audio", keep_on_cpu=True)
         return config
 

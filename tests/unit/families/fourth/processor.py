@@ -1,0 +1,33 @@
+"""The processor: an image is one token, which holds the colour of its middle."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.data.chat import ChatTemplate, RoleForm, Segment, Special
+from train.data.encoding import Medium, Tokens
+from train.data.images import load_picture, picture_size
+from train.data.text import TextProcessor
+
+
+class FourthProcessor(TextProcessor):
+    template = ChatTemplate(
+        roles={
+            "user": RoleForm(("Q: ",), ("\n",)),
+            "assistant": RoleForm(("A: ",), (Special("<|turn_end|>"),)),
+        }
+    )
+
+    def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
+        begin = len(tokens.ids)
+        tokens.extend(self._encoder.special("<|image_pad|>"))
+        size = picture_size(segment.content)
+        tokens.media.append(Medium("image", segment.content, size, begin, begin + 1, np.array([begin])))
+
+    def _units(self, medium: Medium) -> int:
+        return 1
+
+    def _decoded(self, medium: Medium) -> tuple[Tensor, Tensor]:
+        width, height = medium.size
+        colour = load_picture(medium.source).getpixel((width // 2, height // 2))
+        return torch.tensor([colour]) / 255, torch.tensor([1])
