@@ -9,8 +9,8 @@ from typing import Any
 MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj")
 """The parts of an omni model that learn or rest apart from each other."""
 
-METRICS = ("exact_match", "vqa_accuracy", "anls", "f1", "wer", "cer")
-"""What answers can be measured by; inference/metrics.py says how."""
+METRICS = {"exact_match": True, "vqa_accuracy": True, "anls": True, "f1": True, "wer": False, "cer": False}
+"""What answers can be measured by (inference/metrics.py says how), and whether more of it is better."""
 
 
 class TooLong(StrEnum):
@@ -117,11 +117,18 @@ class DataOptions:
 
 @dataclass
 class ModuleRates:
+    """Peak learning rates."""
+
     vision_encoder: float = 1e-6
+    """Of the vision tower."""
     vision_proj: float = 1e-6
+    """Of its projector."""
     llm: float = 1e-6
+    """Of the language model."""
     audio_encoder: float = 1e-6
+    """Of the audio tower."""
     audio_proj: float = 1e-6
+    """Of its projector."""
 
 
 @dataclass
@@ -149,6 +156,7 @@ class LoraOptions:
     at their own `modules.lr`, and export/adapter/ carries them too.
     """
     rank: int = 16
+    """Width of each adapter: its two matrices have this many rows and columns in common."""
     alpha: float = 32.0
     """Adapters are scaled by alpha / rank, with `use_rslora` by alpha / √rank."""
     dropout: float = 0.05
@@ -186,7 +194,9 @@ class OptimOptions:
     min_lr_ratio: float = 0.0
     """Final learning rate as a share of the peak."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's decay of its means of gradients and of squared gradients, for each update."""
     eps: float = 1e-8
+    """AdamW adds it to the root of the mean squared gradient."""
     weight_decay: float = 0.1
     """AdamW's decay, on matrices only (not on norms, biases, embeddings of positions)."""
     max_grad_norm: float = 1.0
@@ -200,6 +210,7 @@ class RunOptions:
     dir: str = "outputs/default"
     """Folder of the run."""
     seed: int = 0
+    """What random weights, the order of records and dropout are drawn from."""
     epochs: int = 1
     """Passes over the training sources."""
     max_steps: int | None = None
@@ -258,6 +269,7 @@ class TrackerOptions:
     project: str = "omnitune"
     """W&B project."""
     tags: list[str] = field(default_factory=list)
+    """W&B tags of the run."""
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 import ast
 import re
+import sys
+import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -102,6 +105,26 @@ def test_only_a_familys_declaration_knows_both_its_model_and_its_processor(file:
 def test_there_are_families_to_look_at() -> None:
     assert {file.parent.name for file in FAMILY_FILES} >= {"megrezo", "megrez_instruct", "minicpm"}
 
+
+def test_the_imports_make_no_circle() -> None:
+    modules = {module_name(file): file for file in FILES}
+    graph = {name: {imported for imported in imports(file) if imported in modules} for name, file in modules.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [
+        *project["dependencies"],
+        *(one for extra in project["optional-dependencies"].values() for one in extra),
+    ]
+    names = {re.split(r"[\s<>=;\[]", requirement)[0].lower().replace("-", "_") for requirement in declared}
+    used = {name.split(".")[0] for file in FILES for name in imports(file)} - set(sys.stdlib_module_names)
+    assert {PACKAGES.get(name, name) for name in used} - {"train", "vllm"} <= names
+
+
+PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra_core"}
+"""Packages whose module has another name."""
 
 MODEL_NAMES = re.compile(r"megrez|minicpm|llama|granite", re.I)
 MODEL_KINDS = {"model_type", "architectures"}

@@ -29,7 +29,7 @@ from train.engine.launch import make_accelerator, world_size, zero_stage
 from train.engine.lock import lock
 from train.engine.metrics import MetricsFile, Observer, Profiler, Progress
 from train.engine.optimizer import LearningRates, make_optimizer
-from train.engine.state import trained_state
+from train.engine.state import shape_of, size_of, trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
 from train.engine.trainer import Rhythm, Trainer
@@ -40,7 +40,6 @@ from train.export.run import export_checkpoint, lora_settings
 from train.families.family import Family
 from train.families.registry import find
 from train.modules.adapters import add_adapters, quantize_linear_layers
-from train.modules.flops import size_of
 from train.modules.objectives import NextToken
 from train.modules.trainable import canonical_name, choose_trainable, module_of, parameter_groups
 from train.run_folder import RunFolder
@@ -106,7 +105,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         seed=options.run.seed,
         epochs=options.run.epochs,
         max_steps=options.run.max_steps,
-        costs=family.flops(model, tuned_modules(options)).of(measured.lengths),
+        costs=family.flops(family.skeleton(base), tuned_modules(options)).of(measured.lengths),
     )
     total_steps = (options.debug.one_batch and options.run.max_steps) or plan.total_steps()
     groups = parameter_groups(
@@ -115,6 +114,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         rates=asdict(options.modules.lr),
         adapter_rate=options.lora.lr,
         weight_decay=options.optim.weight_decay,
+        shape_of=shape_of,
     )
     optimizer = make_optimizer(groups, options.optim)
     with announced(f"starting engine={options.engine.name} (an offload engine compiles its optimizer the first time)"):

@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
+from train.config import METRICS
 from train.errors import CheckpointError
 from train.export.checkpoint import (
     MANIFEST,
@@ -181,14 +182,14 @@ class Checkpoints:
 
 
 def is_better(figure: str, value: float | None, *, than: float | None) -> bool:
-    """Whether a value of an evaluation's figure is better: of losses and error rates the lower one.
+    """Whether a value of an evaluation's figure is better; of what is no metric of answers, the lower one.
 
     than: None = there is none yet. What is no number is never better.
     """
     if value is None or not isfinite(value):
         return False
-    is_low = figure.removeprefix("eval/").partition("/")[0] in ("loss", "wer", "cer", "cut_answers")
-    return than is None or (value < than if is_low else value > than)
+    is_high = METRICS.get(figure.removeprefix("eval/").partition("/")[0], False)
+    return than is None or (value > than if is_high else value < than)
 
 
 def _seal(file: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from train.data.workers import Results
 from train.engine.stop import StopRequest
 from train.errors import ConfigError
 from train.inference.metrics import METRICS
-from train.modules.packed import PackedModel
+from train.modules.packed import PackedModel, without_adapters
 from train.schema import KINDS, Batch, Record, Sample
 
 R = TypeVar("R")
@@ -135,22 +135,19 @@ class Evaluator:
     def evaluate(self, model: nn.Module) -> Evaluation | None:
         """The loss of the model, which may be wrapped, and its answers; None if some rank was asked to stop."""
         self.bad = []
-        plain = self.accelerator.unwrap_model(model)
         was_training = model.training
         model.eval()
-        family_model = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
-        family_model.call_every_module = self.accelerator.num_processes > 1 or None
+        family_model = without_adapters(self.accelerator.unwrap_model(model))
         sums = torch.zeros(2, 3 + len(self.metrics), len(self.types), dtype=torch.float64)
         predictions: list[tuple[int, Prediction]] = []
         try:
-            with torch.no_grad():
+            with torch.no_grad(), family_model.running_every_tower(self.accelerator.num_processes > 1):
                 values = self._losses(model, sums[:, 1])
                 if self.generate:
                     predictions = self._answers(family_model, sums)
         except _Stopped:
             return None
         finally:
-            family_model.call_every_module = None
             model.train(was_training)
 
         sums = self._summed(sums)

@@ -19,6 +19,18 @@ from train.export.checkpoint import MASTER, MOMENTS, SavedState
 from train.modules.trainable import canonical_name
 
 
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's shape as the layer sees it: whole under ZeRO-3, which leaves an empty vector in its place."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def size_of(parameter: nn.Parameter) -> int:
+    """Values of a parameter as the layer sees it: whole under ZeRO-3, unpacked where 4-bit values share a byte."""
+    if state := getattr(parameter, "quant_state", None):
+        return state.shape.numel()
+    return shape_of(parameter).numel()
+
+
 class TrainedState(ABC):
     """The parameters that learn, of a model as the engine wrapped it, and their optimizer state.
 
@@ -36,9 +48,7 @@ class TrainedState(ABC):
 
     def shapes(self) -> dict[str, list[int]]:
         """Shape of each parameter, by name."""
-        return {
-            name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in self.parameters.items()
-        }
+        return {name: list(shape_of(parameter)) for name, parameter in self.parameters.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of this rank's part on the CPU, by key."""

@@ -34,15 +34,8 @@ class Flops:
         return self.token * tokens + self.token_squared * tokens**2 + media
 
 
-def size_of(parameter: nn.Parameter) -> int:
-    """Values of a parameter as the layer sees it: whole under ZeRO-3, unpacked where 4-bit values share a byte."""
-    if state := getattr(parameter, "quant_state", None):
-        return state.shape.numel()
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
 def text_flops(model: nn.Module, tuned: Collection[str]) -> Flops:
-    """The work of a model of text alone; `tuned`: modules that learn; meta tensors and ZeRO-3 shards will do."""
+    """The work of a model of text alone; `tuned`: modules that learn; a model on the meta device will do."""
     config: Any = model.config
     layers = [layer for name, layer in model.named_modules() if name.endswith("model.layers")]
     passes = passes_of(tuned)["llm"]
@@ -68,7 +61,7 @@ def passes_of(tuned: Collection[str]) -> Mapping[str, int]:
 
 def parameters_of(module: nn.Module) -> int:
     """Values of all parameters of a module."""
-    return sum(map(size_of, module.parameters()))
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def submodule(model: nn.Module, end: str) -> nn.Module:

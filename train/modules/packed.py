@@ -1,6 +1,7 @@
 """What every model of the project does over packs: loss, logits, answers. Letters for shapes: see `schema`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -30,16 +31,15 @@ class PackedOutput(ModelOutput):
 
 
 class PackedModel(ChatMixin, PreTrainedModel):
-    """Mixed into a transformers model whose language model is `llm`: a Llama, or what has a Llama's parts.
+    """A transformers model whose language model is `llm`: a Llama, or what has a Llama's parts.
 
-    `call_every_module` says whether a tower for which a batch has no input runs on a dummy: None means while
-    training. Evaluation under ZeRO-3 needs True. `liger_loss` picks Liger's kernel for the loss (see
-    `loss.token_losses`).
+    While training, every tower runs in every forward; `running_every_tower` says so of evaluation. `liger_loss` picks
+    Liger's kernel for the loss (see `loss.token_losses`).
     """
 
     llm: Any
     generation_config: Any
-    call_every_module: bool | None = None
+    _runs_every_tower: bool = False
     liger_loss: bool = False
 
     def get_input_embeddings(self) -> nn.Module:
@@ -53,6 +53,18 @@ class PackedModel(ChatMixin, PreTrainedModel):
         """The tower of each kind of media; none in a model of text alone."""
         return {}
 
+    @contextmanager
+    def running_every_tower(self, wanted: bool) -> Iterator[None]:
+        """Within, whether a tower for which a batch has nothing runs on its dummy in evaluation too.
+
+        Several ranks need that: under ZeRO-3 all of them must run the same modules.
+        """
+        self._runs_every_tower = wanted
+        try:
+            yield
+        finally:
+            self._runs_every_tower = False
+
     def embed(self, batch: Batch) -> Tensor:
         """Token embeddings with what the towers make of the media in their places: (T, D).
 
@@ -60,7 +72,7 @@ class PackedModel(ChatMixin, PreTrainedModel):
         So every rank runs the same collectives, and every parameter has a gradient, whatever a batch holds.
         """
         embeddings = self.get_input_embeddings()(batch.input_ids)
-        call_all = self.training if self.call_every_module is None else self.call_every_module
+        call_all = self.training or self._runs_every_tower
         for kind, tower in self.towers.items():
             if media := batch.media.get(kind):
                 embedded = tower(media.values, media.sizes).to(embeddings.dtype)
@@ -116,6 +128,11 @@ class PackedModel(ChatMixin, PreTrainedModel):
         ends = generation.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         return [answer[: _first_of(ends, answer.tolist())] for answer in answers]
+
+
+def without_adapters(model: nn.Module) -> PackedModel:
+    """The model itself, where peft has put its own around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
 
 
 def _first_of(tokens: set[int], answer: list[int]) -> int:

@@ -1,10 +1,11 @@
 """What learns, and how fast: one ordered list of rules that covers every parameter, or fails."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from train.errors import OmniTuneError
@@ -81,10 +82,12 @@ def parameter_groups(
     rates: Mapping[str, float],
     adapter_rate: float,
     weight_decay: float,
+    shape_of: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
 ) -> list[Group]:
     """The trainable parameters by module and decay; matrices decay, vectors and single tensors do not.
 
     Adapters are groups of their own, named "<module>.lora", at `adapter_rate`.
+    shape_of: a parameter's shape, which engines that shard it know.
     """
     collected: dict[tuple[str, str, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -92,7 +95,6 @@ def parameter_groups(
             continue
         module = module_of(name, rules)
         label, rate = (f"{module}.lora", adapter_rate) if is_adapter(name) else (module, rates[module])
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty vector in its place
-        decay = weight_decay if len(shape) > 1 else 0.0
+        decay = weight_decay if len(shape_of(parameter)) > 1 else 0.0
         collected.setdefault((label, module, rate, decay), []).append(parameter)
     return [Group(*about, found) for about, found in collected.items()]

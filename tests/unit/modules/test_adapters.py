@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from tests.builders import make_batch, mixed_samples, tiny_megrezo
+from train.engine.state import size_of
 from train.families.megrezo import MEGREZO
 from train.families.megrezo.flops import megrezo_flops
 from train.modules.adapters import LoraSettings, add_adapters, quantize_linear_layers
-from train.modules.flops import size_of
 from train.modules.trainable import choose_trainable, is_adapter, module_of, parameter_groups
 
 QUERY = "base_model.model.llm.model.layers.0.self_attn.q_proj"

@@ -14,8 +14,8 @@ SLICE_PATCHES = 1024
 def megrezo_flops(model: nn.Module, tuned: Collection[str]) -> Flops:
     """The work of a Megrez-3B-Omni.
 
-    model: for its modules' sizes; meta tensors and ZeRO-3 shards will do.
-    tuned: modules that learn; adapters count as learning modules, which overstates them a little.
+    model: without adapters and not sharded; on the meta device will do.
+    tuned: modules that learn, through adapters too, which overstates these a little.
     """
     config: Any = model.config
     vision, audio = config.vision_arguments(), config.audio_arguments()
