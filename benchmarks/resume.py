@@ -24,7 +24,7 @@ from train.data.plan import Limits
 from train.data.record_set import Measured, RecordSet, SourceSpec
 from train.engine.checkpoint import Checkpoints
 from train.engine.state import trained_state
-from train.export.checkpoint import saved_state
+from train.export.checkpoint_reader import saved_state
 from train.families.registry import find
 
 ROOT = Path(__file__).resolve().parents[1]

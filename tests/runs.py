@@ -14,7 +14,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from train.commands.options import compose_options
 from train.engine.build import Run, build
-from train.export.export import write_random_model
+from train.export.model_folder import write_random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "data" / "sample"

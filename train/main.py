@@ -27,8 +27,8 @@ def main(config: DictConfig) -> None:
     """Train as the options say, and export the result."""
     options, resolved = typed(config, HydraConfig.get().overrides.task)
 
+    from train.engine.accelerator import close
     from train.engine.build import build
-    from train.engine.launch import close
 
     run = build(options, resolved)
     run.stop.listen()

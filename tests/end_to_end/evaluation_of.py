@@ -18,8 +18,8 @@ from tests.end_to_end.test_workers import Treacherous  # noqa: E402
 from tests.unit.data.test_loader import LIMITS, record_set  # noqa: E402
 from train.commands.options import compose_options  # noqa: E402
 from train.data.workers import Workers  # noqa: E402
+from train.engine.accelerator import close, make_accelerator, world_size  # noqa: E402
 from train.engine.evaluator import Evaluator  # noqa: E402
-from train.engine.launch import close, make_accelerator, world_size  # noqa: E402
 from train.engine.measuring import measure_alike  # noqa: E402
 from train.families.registry import find  # noqa: E402
 

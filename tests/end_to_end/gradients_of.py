@@ -17,10 +17,10 @@ from safetensors.torch import save_file  # noqa: E402
 
 from train.commands.options import compose_options  # noqa: E402
 from train.data.loader import RecordSet  # noqa: E402
+from train.engine.accelerator import close  # noqa: E402
 from train.engine.build import build  # noqa: E402
-from train.engine.build_data import source_specs  # noqa: E402
-from train.engine.launch import close  # noqa: E402
 from train.families.registry import find  # noqa: E402
+from train.sources import source_specs  # noqa: E402
 
 
 def main(out: str, packs_of_ranks: str, *words: str) -> None:

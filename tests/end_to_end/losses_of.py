@@ -20,8 +20,8 @@ sys.path[0] = str(ROOT)
 from tests.end_to_end.mixes import Setting  # noqa: E402
 from tests.runs import forget, forget_accelerator  # noqa: E402
 from train.commands.options import compose_options  # noqa: E402
+from train.engine.accelerator import close, world_size  # noqa: E402
 from train.engine.build import Run, build  # noqa: E402
-from train.engine.launch import close, world_size  # noqa: E402
 
 LIMIT_S = 120
 

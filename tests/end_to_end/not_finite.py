@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 from train.commands.options import compose_options  # noqa: E402
+from train.engine.accelerator import close  # noqa: E402
 from train.engine.build import build  # noqa: E402
-from train.engine.launch import close  # noqa: E402
 
 SPOILED = 2
 

@@ -16,8 +16,8 @@ sys.path[0] = str(ROOT)
 
 from tests.runs import forget, forget_accelerator  # noqa: E402
 from train.commands.options import compose_options  # noqa: E402
+from train.engine.accelerator import close  # noqa: E402
 from train.engine.build import build  # noqa: E402
-from train.engine.launch import close  # noqa: E402
 
 LIMIT_S = 120
 

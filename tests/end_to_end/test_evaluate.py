@@ -9,7 +9,7 @@ import pytest
 from tests.runs import SAMPLE, forget_accelerator, succeed, write_small_model
 from train.commands.main import main
 from train.config import METRICS
-from train.export.export import write_random_model
+from train.export.model_folder import write_random_model
 
 pytestmark = pytest.mark.end_to_end
 

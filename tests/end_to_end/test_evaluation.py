@@ -14,7 +14,7 @@ from tests.end_to_end.test_workers import treacherous_set
 from tests.runs import launch, metrics, succeed, write_endless_model, write_records, write_small_model
 from tests.unit.data.test_loader import record_set
 from train.data.collate import collate
-from train.export.export import write_random_model
+from train.export.model_folder import write_random_model
 from train.families.registry import find
 from train.launcher.failure import STOPPED
 

@@ -27,7 +27,7 @@ from tests.runs import (
 )
 from train.commands.main import main as omnitune
 from train.engine.build import Run
-from train.export.export import write_random_model
+from train.export.model_folder import write_random_model
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1200)]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.runs import build_here, metrics, write_records, write_small_model
-from train.engine.metrics import StepReport
+from train.engine.observers import StepReport
 from train.errors import ConfigError
 
 pytestmark = pytest.mark.end_to_end

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import ROOT, clean_environment, launch, losses, metrics, succeed, write_records, write_small_model
-from train.export.checkpoint import damage
+from train.export.checkpoint_reader import damage
 from train.launcher.failure import STOPPED
 
 pytestmark = pytest.mark.end_to_end

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 import train.auto  # noqa: F401
 from tests.runs import ROOT, SAMPLE, build_here, launch, losses, metrics, succeed, write_records
 from train.config import MODULES
-from train.export.checkpoint import trained_weights
+from train.export.checkpoint_reader import trained_weights
 
 pytestmark = pytest.mark.end_to_end
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.runs import losses, metrics, succeed, write_records, write_small_model
-from train.export.checkpoint import MASTER, MOMENTS, read_state, saved_state
+from train.export.checkpoint_reader import MASTER, MOMENTS, read_state, saved_state
 
 pytestmark = pytest.mark.end_to_end
 

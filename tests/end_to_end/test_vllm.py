@@ -25,7 +25,7 @@ from tests.end_to_end import agreement
 from tests.runs import ROOT, SAMPLE, build_here, clean_environment, environment_python, trained_model
 from tests.unit.data.builders import by_av, tone
 from train.commands.main import main
-from train.export.export import copy_side_files
+from train.export.model_folder import copy_side_files
 from train.families.registry import find
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1200)]

@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "train").rglob("*.py"))
 
-BASE = {"train.schema", "train.errors", "train.announce", "train.settings", "train.run_folder"}
+BASE = {"train.schema", "train.errors", "train.announce", "train.model_settings", "train.run_folder"}
 OURS = {
     "train.schema": set(),
     "train.errors": set(),
     "train.announce": set(),
-    "train.settings": {"train.errors"},
+    "train.model_settings": {"train.errors"},
     "train.run_folder": set(),
     "train.config": {"train.errors"},
     "train.launcher": {"train.launcher"},

@@ -52,8 +52,8 @@ def run(chosen: argparse.Namespace) -> None:
 
 def _export(chosen: argparse.Namespace, out: Path | None) -> None:
     from train.commands.options import read_options
-    from train.export.checkpoint import newest_whole
-    from train.export.run import export_checkpoint
+    from train.export.checkpoint_reader import newest_whole
+    from train.export.from_checkpoint import export_checkpoint
     from train.run_folder import RunFolder
 
     checkpoint = newest_whole(chosen.checkpoint)

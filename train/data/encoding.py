@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from train.data.chat import ChatTemplate, Segment, TextEncoder
+from train.data.chat_template import ChatTemplate, Segment, TextEncoder
 from train.data.prompting import PromptMixin
 from train.errors import BadRecord, CheckpointError
 from train.schema import IGNORE_INDEX, KINDS, Kind, Lengths, Media, MediaSource, Record, Sample, TooLong

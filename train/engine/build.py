@@ -20,14 +20,14 @@ from train.checks import check, model_folder, tuned_modules
 from train.config import Options, Precision, Tracker
 from train.data.loader import StepLoader, StepPlan
 from train.data.record_set import RecordSet
+from train.engine.accelerator import make_accelerator, world_size, zero_stage
 from train.engine.agreement import check_folder
 from train.engine.build_data import limits_of, make_evaluator, read_data
 from train.engine.checkpoint import Checkpoints
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
-from train.engine.launch import make_accelerator, world_size, zero_stage
 from train.engine.lock import lock
-from train.engine.metrics import MetricsFile, Observer, Profiler, Progress
+from train.engine.observers import MetricsFile, Observer, Profiler, Progress
 from train.engine.optimizer import LearningRates, make_optimizer
 from train.engine.state import shape_of, size_of, trained_state
 from train.engine.step import TrainStep
@@ -35,8 +35,8 @@ from train.engine.stop import StopRequest
 from train.engine.trainer import Rhythm, Trainer
 from train.errors import ConfigError, OmniTuneError
 from train.export.base_folder import check_files
-from train.export.export import check_base, write_random_model
-from train.export.run import export_checkpoint, lora_settings
+from train.export.from_checkpoint import export_checkpoint, lora_settings
+from train.export.model_folder import check_base, write_random_model
 from train.families.family import Family
 from train.families.registry import find
 from train.modules.adapters import add_adapters, quantize_linear_layers

@@ -1,6 +1,6 @@
 """Checkpoints: whole or not there, written while training goes on, checked before they are used.
 
-What they hold: `export.checkpoint`.
+What they hold: `export.checkpoint_reader`.
 """
 
 import json
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from train.config import METRICS
 from train.errors import CheckpointError
-from train.export.checkpoint import (
+from train.export.checkpoint_reader import (
     MANIFEST,
     STATE,
     checksum,

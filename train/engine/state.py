@@ -1,9 +1,6 @@
 """The trained state by parameter name: what each rank holds of it under any engine, and how it goes back.
 
-A rank's part is made of fragments: stretches of flattened parameters, float32, under keys "<kind>/<name>/<start>".
-The ranks' parts together hold each parameter's master and both Adam moments once, whatever the engine and the number
-of ranks were, so any other engine on any number of ranks can read from them what it needs. Writing takes no
-communication.
+Fragments and their keys: see `export.checkpoint_reader`. Writing takes no communication.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from train.errors import CheckpointError
-from train.export.checkpoint import MASTER, MOMENTS, SavedState
+from train.export.checkpoint_reader import MASTER, MOMENTS, SavedState
 from train.modules.trainable import canonical_name
 
 

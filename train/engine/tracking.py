@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import TrackerOptions
-from train.engine.metrics import StepReport
+from train.engine.observers import StepReport
 
 log = logging.getLogger(__name__)
 

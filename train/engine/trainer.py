@@ -16,12 +16,12 @@ from accelerate.utils import gather_object
 from train.data.loader import Fetched
 from train.engine.checkpoint import Checkpoints, is_better
 from train.engine.evaluator import Evaluator, write_predictions
-from train.engine.metrics import Observer, StepReport
+from train.engine.observers import Observer, StepReport
 from train.engine.quarantine import Quarantine
 from train.engine.state import TrainedState
 from train.engine.step import StepResult, TrainStep
 from train.errors import CheckpointError, TrainingError
-from train.export.checkpoint import read_state, saved_state
+from train.export.checkpoint_reader import read_state, saved_state
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from train.errors import CheckpointError
-from train.export.export import copy_side_files
+from train.export.model_folder import copy_side_files
 from train.export.shards import INDEX, shards_of
 from train.families.registry import find
 

@@ -43,7 +43,7 @@ class Family:
     models of several families are Llamas."""
     model_class: str
     processor_class: str
-    """It carries the family's chat template, as `data.chat.ChatTemplate`."""
+    """It carries the family's chat template, as `data.chat_template.ChatTemplate`."""
     rules: Rules
     """Ordered (pattern of parameter names, module); every parameter must be covered."""
     flops_function: str

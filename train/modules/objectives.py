@@ -36,6 +36,6 @@ class NextToken:
         return float(batch.loss_weights.sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> PackLoss:
-        """The sum over the targets of weight · cross-entropy."""
+        """The sum over the targets of weight · cross-entropy, which is `PackedModel.packed_loss`."""
         output = model(batch=batch)
         return PackLoss(output.loss_sum, output.token_losses)

@@ -92,6 +92,10 @@ class PackedModel(ChatMixin, PreTrainedModel):
         """Logits of all tokens, (T, V): for comparisons, not for training."""
         return self.llm.lm_head(self.hidden_states(batch))
 
+    def forward(self, batch: Batch | None = None, **llm_inputs: Any) -> ModelOutput:
+        """The loss of a pack; without one, the language model's own forward (`input_ids=...` and the like)."""
+        return self.llm(**llm_inputs) if batch is None else self.packed_loss(batch)
+
     def packed_loss(self, batch: Batch) -> PackedOutput:
         """The loss of a pack."""
         hidden = self.hidden_states(batch).index_select(0, batch.target_positions)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from train.settings import fixed_faults, multiple_faults
+from train.model_settings import fixed_faults, multiple_faults
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles depend on a token's position alone; under `dynamic` and `longrope` samples of a pack would change

@@ -8,12 +8,12 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
+from train.model_settings import refuse
 from train.modules.attention import ATTENTION_NAME
 from train.modules.llm import RotaryEmbedding
 from train.modules.packed import PackedModel
 from train.modules.supported import llm_faults
 from train.schema import Batch
-from train.settings import refuse
 
 
 class LlamaConfig(transformers.LlamaConfig):
@@ -38,7 +38,7 @@ class PackedText(PackedModel):
     def llm(self) -> Any:  # type: ignore[override]
         return self
 
-    def forward(  # the names are those by which transformers' generation finds what a model takes
+    def forward(  # type: ignore[override]  # the names are those by which transformers' generation finds what a model takes
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from tests.unit.data.builders import make_tokenizer, talk
-from train.data.chat import ChatTemplate, RoleForm, Segment, Special, TextEncoder
+from train.data.chat_template import ChatTemplate, RoleForm, Segment, Special, TextEncoder
 from train.errors import CheckpointError
 from train.families.megrezo.template import DEFAULT_SYSTEM_PROMPT, MEGREZ_TEMPLATE
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.runs import forget_accelerator
 from train.engine.checkpoint import Checkpoints, is_better
 from train.errors import CheckpointError
-from train.export.checkpoint import MANIFEST, SavedState, damage, newest_whole, read_state, trained_weights
+from train.export.checkpoint_reader import MANIFEST, SavedState, damage, newest_whole, read_state, trained_weights
 
 PARAMETERS = {"a.weight": [2, 3], "b": [4]}
 

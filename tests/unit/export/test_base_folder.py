@@ -13,7 +13,7 @@ from tests.builders import make_batch, mixed_samples, tiny_config, tiny_megrezo
 from train.errors import CheckpointError
 from train.export import base_folder
 from train.export.base_folder import check_files
-from train.export.export import export
+from train.export.model_folder import export
 
 BATCH = make_batch(mixed_samples(tiny_config()))
 

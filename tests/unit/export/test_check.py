@@ -17,8 +17,8 @@ from tests.builders import make_batch, mixed_samples, tiny_config, tiny_megrezo
 from tests.runs import ROOT
 from train.errors import CheckpointError
 from train.export import check as verifying
-from train.export import export as exporting
-from train.export.export import export, write_random_model
+from train.export import model_folder as exporting
+from train.export.model_folder import export, write_random_model
 from train.export.shards import INDEX, StoredTensors
 from train.export.streamed import stream, weights_of
 from train.families.registry import find

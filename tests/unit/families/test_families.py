@@ -7,7 +7,7 @@ import pytest
 
 from tests.runs import ROOT, write_small_model
 from train.errors import CheckpointError
-from train.export.export import write_random_model
+from train.export.model_folder import write_random_model
 from train.families.registry import find
 from train.modules.trainable import module_of
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.runs import ROOT
 from train.errors import BadRecord
-from train.export.export import write_random_model
+from train.export.model_folder import write_random_model
 from train.inference.chat import Chat
 
 HELLO = [{"role": "user", "content": "Hello"}]

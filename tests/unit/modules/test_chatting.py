@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import train.auto  # noqa: F401
 from tests.runs import write_small_model
 from train.errors import BadRecord
-from train.export.export import write_random_model
+from train.export.model_folder import write_random_model
 from train.families.megrezo.model import MegrezO
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))

@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, initialization
-from transformers.utils import ModelOutput
 
 from train.families.megrezo.audio import AudioEncoder, sinusoids
 from train.families.megrezo.geometry import pool_factor
 from train.families.megrezo.resampler import CrossAttention, Resampler
 from train.families.megrezo.supported import audio_faults, vision_faults
 from train.families.megrezo.vision import VisionTower
+from train.model_settings import count_faults, kind_faults, refuse
 from train.modules.llm import build_llm
 from train.modules.packed import PackedModel
 from train.modules.supported import llm_faults
 from train.modules.towers import Tower
-from train.schema import Batch, Kind
-from train.settings import count_faults, kind_faults, refuse
+from train.schema import Kind
 
 _SIGLIP_SO400M = {
     "hidden_size": 1152,
@@ -184,10 +183,6 @@ class MegrezO(PackedModel, GenerationMixin):  # type: ignore[misc]  # `generate`
     def towers(self) -> dict[Kind, Tower]:
         """The tower of each kind of media."""
         return {"image": self.vision, "audio": self.audio}
-
-    def forward(self, batch: Batch | None = None, **llm_inputs) -> ModelOutput:
-        """The loss of a pack; without one, the Llama's own forward (`input_ids=...` and the like)."""
-        return self.llm(**llm_inputs) if batch is None else self.packed_loss(batch)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -13,15 +13,15 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from train.data.audio import SAMPLE_RATE, clip_length, fit_clip, load_clip, log_mel
-from train.data.chat import Segment
+from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
 from train.data.images import load_picture, picture_size, to_rgb
 from train.errors import BadRecord, CheckpointError
 from train.families.megrezo.geometry import HOP, PictureLayout, audio_places, mel_frames, pool_factor
 from train.families.megrezo.slices import SliceSettings, slices_of
 from train.families.megrezo.template import CHAT_TEMPLATE_JINJA, MEGREZ_TEMPLATE
+from train.model_settings import count_faults, fixed_faults, kind_faults, refuse
 from train.schema import MediaSource
-from train.settings import count_faults, fixed_faults, kind_faults, refuse
 
 LongAudio = Literal["quarantine", "cut"]
 

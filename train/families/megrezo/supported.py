@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.families.megrezo.geometry import pool_factor
-from train.settings import count_faults, fixed_faults, kind_faults, multiple_faults
+from train.model_settings import count_faults, fixed_faults, kind_faults, multiple_faults
 
 VISION_FIXED = {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0, "num_channels": 3}
 

@@ -1,6 +1,6 @@
 """How the Megrez models write a conversation."""
 
-from train.data.chat import ChatTemplate, RoleForm, Special
+from train.data.chat_template import ChatTemplate, RoleForm, Special
 
 DEFAULT_SYSTEM_PROMPT = "你是Megrez-3B-Instruct，将针对用户的问题给出详细的、积极的回答。"
 

@@ -6,10 +6,10 @@ import transformers
 from torch import Tensor
 from transformers import GraniteForCausalLM
 
+from train.model_settings import count_faults, refuse, scale_faults
 from train.modules.supported import llm_faults
 from train.modules.text import PackedText
 from train.schema import Batch
-from train.settings import count_faults, refuse, scale_faults
 
 
 class MiniCPMConfig(transformers.LlamaConfig):

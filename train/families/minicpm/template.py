@@ -1,6 +1,6 @@
 """How MiniCPM writes a conversation."""
 
-from train.data.chat import ChatTemplate, RoleForm, Special
+from train.data.chat_template import ChatTemplate, RoleForm, Special
 
 MINICPM_TEMPLATE = ChatTemplate(
     roles={

@@ -48,6 +48,3 @@ class FourthForCausalLM(PackedModel, GenerationMixin):
     @property
     def towers(self) -> dict[Kind, Tower]:
         return {"image": self.vision}
-
-    def forward(self, batch=None, **inputs):
-        return self.llm(**inputs) if batch is None else self.packed_loss(batch)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.data.chat import ChatTemplate, RoleForm, Segment, Special
+from train.data.chat_template import ChatTemplate, RoleForm, Segment, Special
 from train.data.encoding import Medium, Tokens
 from train.data.images import load_picture, picture_size
 from train.data.text import TextProcessor

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tests.builders import make_batch, mixed_samples, tiny_config, tiny_megrezo
 from train.errors import CheckpointError
-from train.export import export as exporting
-from train.export.export import check_base, export
+from train.export import model_folder as exporting
+from train.export.model_folder import check_base, export
 from train.export.shards import INDEX
 from train.families.registry import find
 from train.modules.adapters import LoraSettings, add_adapters, load_trained
@@ -202,7 +202,7 @@ import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
-from train.export.export import write_weights
+from train.export.model_folder import write_weights
 from train.modules.adapters import LoraSettings, merged_weight
 
 class Skeleton(nn.Module):

@@ -5,8 +5,8 @@ from pathlib import Path
 from train.checks import tuned_modules
 from train.config import Options
 from train.data.record_set import BadNote, RecordSet
-from train.export.checkpoint import read_state, trained_weights
-from train.export.export import export
+from train.export.checkpoint_reader import read_state, trained_weights
+from train.export.model_folder import export
 from train.families.family import Family
 from train.families.registry import find
 from train.modules.adapters import LoraSettings

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train.config import Engine, Options
-from train.engine.launch import deepspeed_config, make_accelerator
+from train.engine.accelerator import deepspeed_config, make_accelerator
 from train.errors import ConfigError
 
 

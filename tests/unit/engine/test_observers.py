@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from train.engine.metrics import MetricsFile, StepReport
+from train.engine.observers import MetricsFile, StepReport
 
 
 def report(step: int) -> StepReport:

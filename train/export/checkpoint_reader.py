@@ -2,7 +2,7 @@
 
 step-000200/
   manifest.json              size and checksum of every other file; its presence says that all is there
-  state.json                 where the run stands
+  state.json                 where the run stands: `Trainer.save` in engine/trainer.py lists its keys
   rank-00000.safetensors     each rank's part of the trained state
 
 A rank's part is made of fragments: stretches of flattened parameters, float32, under keys "<kind>/<name>/<start>".
