@@ -133,7 +133,7 @@ def model_folder(options: Options) -> tuple[str, str]:
 def _data_faults(options: Options) -> list[str]:
     faults = []
     if not options.data.train:
-        faults.append("data.train is empty: name a source, 'data.train=[{path: records.jsonl}]'")
+        faults.append("data.train is empty: name a file of records, data.train=records.jsonl")
     return faults + _source_faults(options, "train") + _source_faults(options, "eval")
 
 

@@ -85,9 +85,9 @@ class SourceOptions:
 @dataclass
 class DataOptions:
     train: list[SourceOptions] = field(default_factory=list)
-    """Sources to learn from."""
+    """Sources to learn from; one that is given as a string is the path of a file: data.train=photos.jsonl"""
     eval: list[SourceOptions] = field(default_factory=list)
-    """Held-out sources; empty = no evaluation."""
+    """Held-out sources, given in the same ways; empty = no evaluation."""
     max_tokens: int = 4096
     """Tokens in a pack, media places included; no record may be longer (see `too_long`)."""
     max_patches: int = 32768
@@ -101,7 +101,8 @@ class DataOptions:
     system_prompt: str | None = None
     """System turn put before records that have none; null = the model family's own; "" = none."""
     max_bad_fraction: float = 0.05
-    """The run stops once more than this share of the records was quarantined."""
+    """The run stops once more than this share of the records, those of data.train and data.eval together, was
+    quarantined. A small set may lose up to 10 records, but no more than half of all; 0 = none may be lost."""
     workers: int = 2
     """Processes that decode ahead, per rank (lengths are measured on all cores); 0 = read media in the training
     process, where nobody watches."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.errors import HydraException
 from safetensors import SafetensorError
 
 from train.checks import check
@@ -71,6 +72,39 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(word: str, said: str)
     fault = str(users_fault(caught.value))
     assert said in fault
     assert "+" not in fault.replace(word, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "paths"),
+    [
+        (["data.train=photos.jsonl"], ["photos.jsonl"]),
+        (["data.train=[a.jsonl,b.jsonl]"], ["a.jsonl", "b.jsonl"]),
+        (["data=files", "data.train=[a.jsonl,{path: b.jsonl, weight: 2}]"], ["a.jsonl", "b.jsonl"]),
+        (["data.train=null"], []),
+    ],
+)
+def test_a_source_may_be_a_path_alone(words: list[str], paths: list[str]) -> None:
+    options, resolved = compose_options(words)
+    assert [source.path for source in options.data.train] == paths
+    assert [(source["path"], source["format"]) for source in resolved["data"]["train"]] == [
+        (path, "auto") for path in paths
+    ]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["data.train=[{path:", "photos.jsonl}]", "data.system_prompt=Answer briefly (in French).", "run.name=you there!"],
+)
+def test_forgotten_quotes_are_named(word: str) -> None:
+    with pytest.raises(HydraException) as caught:
+        compose_options([word])
+    assert f"`{word}` cannot be read as an option" in str(users_fault(caught.value))
+    assert "put the whole option in single quotes, such as 'data.train=[{path:" in str(users_fault(caught.value))
+
+
+def test_the_advice_on_quotes_works() -> None:
+    options, _ = compose_options(['data.system_prompt="Answer briefly (in French)."'])
+    assert options.data.system_prompt == "Answer briefly (in French)."
 
 
 def test_what_has_free_keys_takes_any() -> None:

@@ -1,7 +1,7 @@
 """Hydra: the schema, the recipes, and the way from command-line words to typed options."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from train.checks import idle_lora
-from train.config import Options, SourceOptions
+from train.config import DataOptions, Options, SourceOptions
 from train.errors import ConfigError, OmniTuneError, message_for_user
 
 _HERE = Path(__file__).resolve()
@@ -32,6 +32,20 @@ _OPENING = (
 )
 _CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
+
+@dataclass
+class _AnyData(DataOptions):
+    train: Any = field(default_factory=list)
+    eval: Any = field(default_factory=list)
+
+
+@dataclass
+class _Composed(Options):
+    """What Hydra composes: a source may still be the path alone."""
+
+    data: _AnyData = field(default_factory=_AnyData)
+
+
 _NEAR = 0.6
 """How alike two names are, from 0 to 1, for the one to be meant by the other."""
 
@@ -39,7 +53,7 @@ _NEAR = 0.6
 def register() -> None:
     """Make the typed schema and every file of recipes/ known to Hydra."""
     store = ConfigStore.instance()
-    store.store(name="options", node=Options)
+    store.store(name="options", node=_Composed)
     for file in sorted(RECIPES.glob("**/*.yaml")):
         name = file.relative_to(RECIPES).with_suffix("").as_posix()
         store.store(group="recipe", name=name, package="_global_", node=OmegaConf.load(file))
@@ -55,11 +69,22 @@ def typed(config: DictConfig, words: Iterable[str]) -> tuple[Options, dict[str, 
     faults = [_no_such_option(name) for name in _unknown(resolved, Options)]
     if faults:
         raise ConfigError(faults)
-    options = OmegaConf.to_object(config)
+    for group in ("train", "eval"):
+        resolved["data"][group] = _sources(resolved["data"][group])
+    whole = OmegaConf.merge(OmegaConf.structured(Options), resolved)
+    options = OmegaConf.to_object(whole)
     assert isinstance(options, Options)
     if faults := idle_lora(options, {word.lstrip("+").partition("=")[0] for word in words}):
         raise ConfigError(faults)
-    return options, {str(name): value for name, value in resolved.items()}
+    values = OmegaConf.to_container(whole, enum_to_str=True)
+    assert isinstance(values, dict)
+    return options, {str(name): value for name, value in values.items()}
+
+
+def _sources(value: Any) -> list[Any]:
+    """The entries of `data.train` or `data.eval`, given as a list or as one; a string is the path of a file."""
+    entries = value if isinstance(value, list) else [value] if value else []
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
 def compose_options(overrides: list[str]) -> tuple[Options, dict[str, Any]]:
@@ -99,12 +124,27 @@ def users_fault(error: Exception) -> str | None:
     """What to say of an error that the user can put right; None for any other."""
     if fault := message_for_user(error):
         return fault
+    if isinstance(error, OverrideParseException):
+        return _not_an_override(error)
     cause = error.__cause__ or error
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.object_type is not None:
         return _no_such_option(str(cause.full_key), cause.object_type)
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return "\n".join(str(part) for part in (error, error.__cause__) if part)
     return None
+
+
+def _not_an_override(error: OverrideParseException) -> str:
+    """What to say of a word that Hydra cannot read: most often the shell has cut or changed it."""
+    name = error.override.partition("=")[0].lstrip("+~")
+    example = """'data.train=[{path: photos.jsonl, weight: 2}]'"""
+    if name.startswith("data."):
+        example += ", or without brackets where a path is all: data.train=photos.jsonl"
+    return (
+        f"`{error.override}` cannot be read as an option ({' '.join(error.message.split())}); put the whole option in "
+        f"single quotes, such as {example}. A value with punctuation needs double quotes within them: "
+        """'data.system_prompt="Answer briefly (in French)."'"""
+    )
 
 
 def _unknown(values: Mapping[Any, Any], kind: Any, prefix: str = "") -> Iterator[str]:

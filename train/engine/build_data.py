@@ -26,17 +26,21 @@ def read_data(
     """The records of training and the held-out ones, if any, with their lengths; and what cannot be used of them."""
     train_set = open_records(options, options.data.train, processor)
     eval_set = open_records(options, options.data.eval, processor) if options.data.eval else None
+    held_out = len(eval_set) if eval_set else 0
     quarantine = Quarantine(
         folder.quarantine if accelerator.is_main_process else None,
-        total_records=len(train_set) + (len(eval_set) if eval_set else 0),
+        total_records=len(train_set) + held_out,
         max_fraction=options.data.max_bad_fraction,
+        held_out=held_out,
+        held_out_files=[source.path for source in options.data.eval],
     )
     sets = {"data.train": train_set} | ({"data.eval": eval_set} if eval_set else {})
     found = measure_alike(sets, length_cache(options, base), accelerator)
     bad = [note for _, notes in found.values() for note in notes]
     quarantine.add(bad)
     if bad and accelerator.is_main_process:
-        log.warning("%d records cannot be used; quarantine.jsonl says why", len(bad))
+        others = f"; '{folder.quarantine}' names the others" if len(bad) > 1 else ""
+        log.warning("%s: %s%s", quarantine.summary(), bad[0].reason, others)
     return train_set, found["data.train"][0], eval_set, found["data.eval"][0] if eval_set else None, quarantine
 
 

@@ -216,7 +216,7 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
             if self.long_audio == "quarantine":
                 raise BadRecord(
                     f"{name} of {samples / SAMPLE_RATE:.1f} s is longer than "
-                    f"{most / SAMPLE_RATE:g} s; split it, or set long_audio=cut"
+                    f"{most / SAMPLE_RATE:g} s; split it, or set data.long_audio=cut"
                 )
             samples = most
         if not self._clip_places(samples):
