@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj")
-"""The parts of an omni model that learn or rest apart from each other."""
+"""The parts of an omni model; each is trained or frozen on its own."""
 
 METRICS = {"exact_match": True, "vqa_accuracy": True, "anls": True, "f1": True, "wer": False, "cer": False}
 """What answers can be measured by (inference/metrics.py says how), and whether more of it is better."""
@@ -105,7 +105,7 @@ class DataOptions:
     quarantined. A small set may lose up to 10 records, but no more than half of all; 0 = none may be lost."""
     workers: int = 2
     """Processes that decode ahead, per rank (lengths are measured on all cores); 0 = read media in the training
-    process, where nobody watches."""
+    process, without a watchdog."""
     prefetch: int = 4
     """Steps that each worker keeps ready."""
     decode_limit_s: float = 60.0
@@ -174,8 +174,8 @@ class LoraOptions:
     """Start of the adapters, which add nothing yet: true = A random, B zero; `gaussian` = A normal, B zero;
     `orthogonal` = A and B random, their product zero (an even rank)."""
     load_in_4bit: bool = False
-    """QLoRA: the language model's frozen linear layers, all but the head, rest in 4 bits (bitsandbytes: NF4, double
-    quantisation). Exports are made with the weights as they were before."""
+    """QLoRA: the language model's frozen linear layers, all but the head, are stored in 4 bit (bitsandbytes: NF4,
+    double quantisation). Exports are made with the weights as they were before."""
 
 
 @dataclass
@@ -234,7 +234,7 @@ class RunOptions:
     max_not_finite: int = 10
     """Steps in a row that may be left out because a loss or gradient is not finite; then the run stops."""
     precision: Precision = Precision.bf16
-    """Precision of the computation; masters and moments are float32 always."""
+    """Precision of the computation; master weights and moments are always fp32."""
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in the backward: less memory, a third more work."""
     liger_loss: bool = False

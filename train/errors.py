@@ -38,5 +38,8 @@ def message_for_user(error: Exception) -> str | None:
         return str(error)
     # safetensors' own exception has the system's error in its text alone.
     if getattr(error, "errno", None) in (ENOSPC, EDQUOT) or f"(os error {ENOSPC})" in str(error):
-        return f"a disk is full ({error}); make room: the same command goes on from the run's newest checkpoint"
+        return (
+            f"a disk is full ({error}); make room: the same command with run.dir=<the run's folder> goes on from its "
+            "newest checkpoint"
+        )
     return None

@@ -12,20 +12,24 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from train.commands.options import register, typed, users_fault  # noqa: E402
-from train.launcher.failure import STOPPED, told_to_the_launcher  # noqa: E402
+from train.commands.options import message_for_known_error, register, typed  # noqa: E402
+from train.launcher.failure import STOPPED, report_failure  # noqa: E402
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors, and does not print them on every rank
 register()
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
-@told_to_the_launcher(users_fault)
+@report_failure(message_for_known_error)
 def main(config: DictConfig) -> None:
     """Train as the options say, and export the result."""
-    options, resolved = typed(config, HydraConfig.get().overrides.task)
+    hydra_config = HydraConfig.get()
+    options, resolved = typed(config, hydra_config.overrides.task)
+    if hydra_config.mode is RunMode.MULTIRUN:  # each job of a sweep has a folder of its own
+        options.run.dir = resolved["run"]["dir"] = f"{options.run.dir}-{hydra_config.job.num}"
 
     from train.engine.accelerator import close
     from train.engine.build import build
@@ -35,12 +39,19 @@ def main(config: DictConfig) -> None:
     is_done = run.trainer.fit()
     folder = run.export() if is_done else None
     if run.accelerator.is_main_process:
-        print(f"exported to {folder}" if is_done else "stopped; the same command goes on", file=sys.stderr)
+        if run.was_finished:
+            said = f"the run is finished, there is nothing left to train; its model is in {folder}"
+        elif folder:
+            said = f"exported to {folder}"
+        else:
+            step = run.trainer.position.step
+            said = f"stopped after step {step}; the same command goes on with run.dir={run.folder.path}"
+        print(said, file=sys.stderr)
     close(run.accelerator)
     if not is_done:
         sys.exit(STOPPED)
 
 
 if __name__ == "__main__":
-    with told_to_the_launcher(users_fault):  # Hydra's own faults too
+    with report_failure(message_for_known_error):  # Hydra's own faults too
         main()

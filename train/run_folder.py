@@ -1,7 +1,13 @@
-"""The names in a run's folder."""
+"""The names in a run's folder, and in the folder of all runs of a name."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from train.errors import CheckpointError
+
+LATEST = "latest"
+"""The link to the newest run, beside the runs of its name."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +60,29 @@ class RunFolder:
     def export(self) -> Path:
         """The model folder that was trained."""
         return self.path / "export"
+
+    def link_latest(self) -> None:
+        """Let `latest` beside it be a relative link to it; does nothing where links cannot be made."""
+        aside = self.path.with_name(f".{LATEST}.{self.path.name}")
+        with suppress(OSError, NotImplementedError):
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(self.path.name, target_is_directory=True)
+            aside.replace(self.path.with_name(LATEST))
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def model_in(path: Path) -> Path:
+    """The model folder that a user names: itself, or the export of a run by the run's folder.
+
+    Raises CheckpointError for a run without an export.
+    """
+    run = RunFolder(path)
+    if (path / "config.json").exists() or not (run.config.is_file() or run.checkpoints.is_dir()):
+        return path
+    if not (run.export / "config.json").is_file():
+        raise CheckpointError(
+            f"'{path}' is the folder of a run, which has no export/ yet; the run makes it when it is finished, and "
+            f"`omnitune export {path}` makes one from its newest checkpoint"
+        )
+    return run.export

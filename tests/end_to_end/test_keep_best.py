@@ -1,11 +1,11 @@
 """The best checkpoint is saved when it is best; what is asked for and cannot be is said; observers end with the run."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.runs import build_here, metrics, write_records, write_small_model
+from train.engine.evaluator import Evaluation
 from train.engine.observers import StepReport
 from train.errors import ConfigError
 
@@ -84,7 +84,7 @@ def test_the_figures_are_those_that_an_evaluation_gives(tmp_path: Path) -> None:
 
 def test_steps_that_the_epochs_do_not_hold_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = build_here([*words(tmp_path), "run.max_steps=500", "run.epochs=1"])
-    total = run.trainer.rhythm.total_steps
+    total = run.trainer.intervals.total_steps
     assert total < 500
     assert f"run.max_steps is 500, and the run ends after {total} steps" in caplog.text
     caplog.clear()
@@ -103,7 +103,7 @@ class Watcher:
         if self.fails and report.step == 2:
             raise OSError(28, "No space left on device")
 
-    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         pass
 
     def close(self, *, failed: bool) -> None:

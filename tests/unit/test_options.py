@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from safetensors import SafetensorError
 
 from train.checks import check
-from train.commands.options import RECIPES, compose_options, read_options, users_fault
+from train.commands.options import RECIPES, compose_options, message_for_known_error, read_options
 from train.config import Options
 from train.errors import ConfigError, OmniTuneError
 
@@ -69,7 +69,7 @@ def test_every_group_composes(word: str) -> None:
 def test_an_unknown_key_is_an_error_that_names_the_nearest(word: str, said: str) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011  (Hydra's, OmegaConf's or ours: as the user reads it)
         compose_options([word])
-    fault = str(users_fault(caught.value))
+    fault = str(message_for_known_error(caught.value))
     assert said in fault
     assert "+" not in fault.replace(word, "")
 
@@ -98,8 +98,10 @@ def test_a_source_may_be_a_path_alone(words: list[str], paths: list[str]) -> Non
 def test_forgotten_quotes_are_named(word: str) -> None:
     with pytest.raises(HydraException) as caught:
         compose_options([word])
-    assert f"`{word}` cannot be read as an option" in str(users_fault(caught.value))
-    assert "put the whole option in single quotes, such as 'data.train=[{path:" in str(users_fault(caught.value))
+    assert f"`{word}` cannot be read as an option" in str(message_for_known_error(caught.value))
+    assert "put the whole option in single quotes, such as 'data.train=[{path:" in str(
+        message_for_known_error(caught.value)
+    )
 
 
 def test_the_advice_on_quotes_works() -> None:
@@ -165,10 +167,10 @@ def test_a_runs_config_is_read_as_it_was_written(tmp_path: Path) -> None:
     ],
 )
 def test_a_full_disk_is_a_message(error: Exception) -> None:
-    said = str(users_fault(error))
+    said = str(message_for_known_error(error))
     assert str(error) in said
     assert "make room" in said
-    assert users_fault(OSError(errno.EIO, "Input/output error")) is None
+    assert message_for_known_error(OSError(errno.EIO, "Input/output error")) is None
 
 
 @pytest.mark.parametrize("option", leaves(Options))

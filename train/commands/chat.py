@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import OmniTuneError
+from train.run_folder import model_in
 
 _HELP = """\
 A line is a question; it goes with the files attached before it, and an empty line asks about them alone.
@@ -22,7 +23,7 @@ _Answer = Callable[[list[dict[str, Any]]], Iterator[str]]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's words."""
-    parser.add_argument("model", type=Path, help="model folder, such as a run's export/")
+    parser.add_argument("model", type=Path, help="folder of a run, whose export/ is taken, or of a model")
     parser.add_argument(
         "text",
         nargs="?",
@@ -60,7 +61,7 @@ def run(chosen: argparse.Namespace) -> None:
     from train.inference.search import LocalSearch
 
     options = generation_options(chosen)
-    chat = Chat.load(chosen.model, system_prompt=chosen.system)
+    chat = Chat.load(model_in(chosen.model), system_prompt=chosen.system)
     question = {"text": chosen.text, "image": chosen.image, "audio": chosen.audio}
     answer: _Answer = partial(chat.answer, **options)
     if chosen.search:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from train.commands.chat import generation_arguments, generation_options
 from train.errors import OmniTuneError
+from train.run_folder import model_in
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's words."""
-    parser.add_argument("model", type=Path, help="model folder, such as a run's export/")
+    parser.add_argument("model", type=Path, help="folder of a run, whose export/ is taken, or of a model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = all of this machine's")
     parser.add_argument("--port", type=_port, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="also a public link, through Gradio's servers")
@@ -27,7 +28,7 @@ def run(chosen: argparse.Namespace) -> None:
         raise OmniTuneError(f"the demo needs Gradio ({error}); install it: pip install 'omnitune[demo]'") from None
 
     options = generation_options(chosen)
-    chat = Chat.load(chosen.model, system_prompt=chosen.system)
+    chat = Chat.load(model_in(chosen.model), system_prompt=chosen.system)
     serve(
         page(chat, title=f"OmniTune: {chosen.model}", **options), host=chosen.host, port=chosen.port, share=chosen.share
     )

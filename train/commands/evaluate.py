@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import OmniTuneError
+from train.run_folder import model_in
 
 if TYPE_CHECKING:
     from train.config import Options
     from train.data.record_set import BadNote
-    from train.engine.evaluator import Evaluation
 
 _NAMED = 20
 """Most bad records that are named."""
@@ -18,7 +18,7 @@ _NAMED = 20
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's words."""
-    parser.add_argument("model", type=Path, help="model folder, such as a run's export/")
+    parser.add_argument("model", type=Path, help="folder of a run, whose export/ is taken, or of a model")
     parser.add_argument(
         "data", nargs="+", help="files of records, or options as in training: data=sample, eval.metrics=[wer/speech]"
     )
@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> None:
     """Print a table of the types of records; under torchrun its processes share the work."""
-    options = _options(chosen)
+    folder, options = model_in(chosen.model), _options(chosen)
 
     from train.checks import check_evaluation
     from train.engine.accelerator import close, make_accelerator
@@ -42,47 +42,27 @@ def run(chosen: argparse.Namespace) -> None:
     from train.sources import load_processor, open_records
 
     check_evaluation(options)
-    family = find(chosen.model)
+    family = find(folder)
     accelerator = make_accelerator(options)
-    records = open_records(options, options.data.eval, load_processor(options, family, chosen.model))
-    measured, bad = measure_alike({"data.eval": records}, length_cache(options, chosen.model), accelerator)["data.eval"]
+    records = open_records(options, options.data.eval, load_processor(options, family, folder))
+    measured, bad = measure_alike({"data.eval": records}, length_cache(options, folder), accelerator)["data.eval"]
     if len(bad) == len(records):
         raise OmniTuneError(f"none of the {len(records)} records can be used; the first: {bad[0].reason}")
     evaluator = make_evaluator(options, accelerator, records, measured)
-    model = family.load_model(chosen.model).to(accelerator.device)
+    model = family.load_model(folder).to(accelerator.device)
     evaluation = evaluator.evaluate(model)
     assert evaluation  # nothing asks it to stop
     if accelerator.is_main_process:
         _name([*bad, *evaluation.bad])
         if chosen.predictions:
             write_predictions(chosen.predictions, evaluation.predictions)
-        print(table(evaluation))
+        print(evaluation.table())
     close(accelerator)
-
-
-def table(evaluation: "Evaluation") -> str:
-    """A row for each type of records and one for all, a column for each figure; "-" where nothing was measured."""
-    columns = ["type", *evaluation.overall]
-    cells = [columns]
-    for name, figures in [*evaluation.by_type.items(), ("all", evaluation.overall)]:
-        numbers = [_number(column, figures.get(column)) for column in columns[1:]]
-        cells.append([name or "(none)", *numbers])
-    first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
-    return "\n".join(
-        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
-        for row in cells
-    )
-
-
-def _number(column: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if column == "records" else f"{value:.4f}"
 
 
 def _options(chosen: argparse.Namespace) -> "Options":
     """What the words say: those with "=" are options, the others files of records."""
-    from train.commands.options import compose_options, users_fault
+    from train.commands.options import compose_options, message_for_known_error
     from train.config import METRICS, SourceOptions
 
     overrides = [word for word in chosen.data if "=" in word and not Path(word).is_file()]
@@ -99,7 +79,7 @@ def _options(chosen: argparse.Namespace) -> "Options":
     try:
         options, _ = compose_options([*group, *defaults, *overrides])
     except Exception as error:
-        fault = users_fault(error)
+        fault = message_for_known_error(error)
         if fault is None:
             raise
         raise OmniTuneError(fault) from None

@@ -2,14 +2,26 @@
 
 import argparse
 import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 from train.commands import chat, demo, evaluate, export
 from train.errors import message_for_user
 from train.families.family import quieten_transformers
-from train.launcher.failure import told_to_the_launcher
+from train.launcher.failure import report_failure
 
 COMMANDS: dict[str, ModuleType] = {"chat": chat, "demo": demo, "evaluate": evaluate, "export": export}
+
+
+def version() -> str:
+    """The installed version; in a checkout that is not installed, what its pyproject.toml says."""
+    try:
+        return metadata.version("omnitune")
+    except metadata.PackageNotFoundError:
+        file = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        return str(tomllib.loads(file.read_text(encoding="utf-8"))["project"]["version"])
 
 
 def main(words: list[str] | None = None) -> None:
@@ -22,6 +34,7 @@ def main(words: list[str] | None = None) -> None:
         description=f"commands:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"omnitune {version()}")
     parser.add_argument("command", choices=COMMANDS)
     name = parser.parse_args(words[:1]).command
 
@@ -30,7 +43,7 @@ def main(words: list[str] | None = None) -> None:
     # Intermixed, so that a question may stand behind --image and --audio.
     chosen = parser.parse_intermixed_args(words[1:])
     quieten_transformers()
-    with told_to_the_launcher(message_for_user):
+    with report_failure(message_for_user):
         COMMANDS[name].run(chosen)
 
 

@@ -120,7 +120,7 @@ def _check_bounded(text: str) -> None:
             raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
 
 
-def users_fault(error: Exception) -> str | None:
+def message_for_known_error(error: Exception) -> str | None:
     """What to say of an error that the user can put right; None for any other."""
     if fault := message_for_user(error):
         return fault

@@ -32,7 +32,7 @@ _NOTICE_S = 2.0
 class Workers:
     """The processes that read records.
 
-    count: 0 = the work is done in this process, and nobody watches.
+    count: 0 = the work is done in this process, without a watchdog.
     prefetch: items that each process keeps ready.
     limit_s: seconds that a record may take; then its process is killed.
     """

@@ -4,12 +4,12 @@ import copy
 import logging
 import os
 import socket
-import warnings
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
@@ -20,6 +20,7 @@ from accelerate.utils import (
 from train.announce import announced
 from train.config import Options, Precision
 from train.engine.compile_locks import drop_stale_locks
+from train.engine.terminal import Terminal
 from train.errors import ConfigError
 from train.families.family import quieten_transformers
 
@@ -154,8 +155,7 @@ def make_accelerator(options: Options) -> Accelerator:
 def _quieten(on_cuda: bool) -> None:
     """Our own words on the main process alone; of the libraries, only what is wrong."""
     is_main = os.environ.get("RANK", "0") == "0"
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(handlers=[Terminal()], level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO if is_main else logging.ERROR)
     quieten_transformers()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizer was used
@@ -178,3 +178,5 @@ def close(accelerator: Accelerator) -> None:
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)  # the next job of a sweep may ask for another engine

@@ -21,9 +21,9 @@ from train.config import Options, Precision, Tracker
 from train.data.loader import StepLoader, StepPlan
 from train.data.record_set import RecordSet
 from train.engine.accelerator import make_accelerator, world_size, zero_stage
-from train.engine.agreement import check_folder
 from train.engine.build_data import limits_of, make_evaluator, read_data
 from train.engine.checkpoint import Checkpoints
+from train.engine.consistency import check_folder
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
 from train.engine.lock import lock
@@ -32,10 +32,10 @@ from train.engine.optimizer import LearningRates, make_optimizer
 from train.engine.state import shape_of, size_of, trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
-from train.engine.trainer import Rhythm, Trainer
+from train.engine.trainer import Intervals, Trainer
 from train.errors import ConfigError, OmniTuneError
 from train.export.base_folder import check_files
-from train.export.from_checkpoint import export_checkpoint, lora_settings
+from train.export.from_checkpoint import export_checkpoint, is_export_of, lora_settings
 from train.export.model_folder import check_base, write_random_model
 from train.families.family import Family
 from train.families.registry import find
@@ -61,14 +61,21 @@ class Run:
     """By which the export is checked: held-out ones, or else those of training."""
     stop: StopRequest
 
+    was_finished: bool
+    """Nothing was left to do when it started."""
+
     def export(self) -> Path:
-        """Free the model, write export/ from the newest checkpoint, and check it; every rank must call it."""
+        """Free the model, write export/ from the newest checkpoint, and check it; every rank must call it.
+
+        An export that was made of this checkpoint stays as it is.
+        """
         checkpoint = self.trainer.checkpoints.newest()
         self.trainer.let_go()
         unset_hf_deepspeed_config()  # from here on a model is loaded whole, on one rank
         folder = self.folder.export
-        if self.accelerator.is_main_process:
-            export_checkpoint(self.options, self.base, checkpoint, folder, self.records)
+        if self.accelerator.is_main_process and not is_export_of(checkpoint, folder, self.options):
+            with announced(f"exporting to '{folder}', and checking the export"):
+                export_checkpoint(self.options, self.base, checkpoint, folder, self.records)
         self.accelerator.wait_for_everyone()
         return folder
 
@@ -143,7 +150,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         plan_digest=plan.digest(),
         name_of=train_set.name_of,
         source_names=[spec.name for spec in train_set.specs],
-        rhythm=Rhythm(
+        intervals=Intervals(
             total_steps=total_steps,
             eval_every=options.run.eval_every,
             save_every=options.run.save_every,
@@ -167,7 +174,8 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         write_environment(folder.environment, accelerator)
         trainer.observers = _observers(options, resolved, folder, trainer)
     _describe(options, accelerator, model, plan, total_steps)
-    return Run(options, accelerator, trainer, folder, base, eval_set or train_set, stop)
+    records = eval_set or train_set
+    return Run(options, accelerator, trainer, folder, base, records, stop, trainer.is_finished)
 
 
 def _check_family(options: Options, family: Family) -> None:
@@ -201,7 +209,8 @@ def _check_keep_best(options: Options, evaluator: Evaluator | None) -> None:
 
 def _make_folder(options: Options, accelerator: Accelerator) -> RunFolder:
     """The run's folder, as the main process names it (each process has a clock of its own)."""
-    name = [options.run.dir]
+    given = Path(options.run.dir)
+    name = [str(given.parent / given.readlink() if given.is_symlink() else given)]  # `latest` moves with the next run
     broadcast_object_list(name)
     folder = Path(name[0])
     if accelerator.is_main_process:
@@ -211,7 +220,12 @@ def _make_folder(options: Options, accelerator: Accelerator) -> RunFolder:
         except OSError as error:
             raise OmniTuneError(f"run.dir: '{folder}' cannot be made or written to ({error}); name another") from None
     check_folder(folder, accelerator)
-    return RunFolder(folder)
+    run = RunFolder(folder)
+    if accelerator.is_main_process:
+        log.info("the run's folder is '%s'", folder)
+        if folder.parent.absolute() == Path("outputs", options.run.name).absolute():
+            run.link_latest()
+    return run
 
 
 def _base_model(options: Options, folder: RunFolder, accelerator: Accelerator) -> Path:
@@ -244,7 +258,9 @@ def _load_model(options: Options, family: Family, base: Path, device: torch.devi
     )
     model.liger_loss = options.run.liger_loss
     if options.run.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # newer versions of transformers renamed it, and warn of the old name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if options.lora.load_in_4bit:
         quantize_linear_layers(model, family.rules, "llm", compute_dtype=compute_dtype, device=device)
     adapted_model: nn.Module = model
@@ -272,7 +288,7 @@ def _observers(options: Options, resolved: dict[str, Any], folder: RunFolder, tr
     step = trainer.position.step
     observers: list[Observer] = [
         MetricsFile(folder.metrics, step),
-        Progress(trainer.rhythm.total_steps, step),
+        Progress(trainer.intervals.total_steps, step),
     ]
     if options.debug.profile_steps:
         observers.append(Profiler(folder.trace, options.debug.profile_steps))

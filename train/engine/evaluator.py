@@ -58,6 +58,24 @@ class Evaluation:
     bad: list[BadNote]
     """Records that could not be decoded."""
 
+    def table(self) -> str:
+        """A row for each type of records and one for all, a column for each figure; "-" where nothing was measured."""
+        columns = [name for name, value in self.overall.items() if name != "records" or value]
+        cells = [["type", *columns]]
+        for name, figures in [*self.by_type.items(), ("all", self.overall)]:
+            cells.append([name or "(none)", *(_number(column, figures.get(column)) for column in columns)])
+        first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
+        return "\n".join(
+            "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
+            for row in cells
+        )
+
+
+def _number(column: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if column == "records" else f"{value:.4f}"
+
 
 @dataclass
 class Prompts:
@@ -188,7 +206,7 @@ class Evaluator:
         processor = self.records.processor
         for prompts in self._mine(partial(_prompts, self.records), self.prompts):
             self.bad += prompts.bad
-            with self.accelerator.autocast():  # as the wrapped model's forward does: masters are float32 beside bf16
+            with self.accelerator.autocast():  # as in the wrapped forward: fp32 master weights beside bf16
                 answers = model.generate(
                     prompts.batch.to(self.accelerator.device),
                     max_new_tokens=self.max_new_tokens,

@@ -7,17 +7,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
-from tqdm import tqdm
 
+from train.announce import SILENCE_S
 from train.data.lengths import LengthCache
 from train.data.record_set import BadNote, Measured, RecordSet
-from train.engine.agreement import check_records
+from train.engine.consistency import check_records
+from train.engine.terminal import progress_bar
 
 _BEAT_S = 30.0
 """Seconds between two signs of life of a process that measures: for hours' work no rank needs hours' patience."""
-
-_SILENT_S = 5.0
-"""Seconds before a progress bar appears."""
 
 Found = tuple[Measured, list[BadNote]]
 
@@ -66,7 +64,7 @@ class _Working:
 
 def _measure(records: RecordSet, what: str, cache: LengthCache | None, working: _Working) -> Found:
     is_hidden = not working.accelerator.is_main_process
-    with tqdm(desc=f"lengths of {what}", total=len(records), unit="record", delay=_SILENT_S, disable=is_hidden) as bar:
+    with progress_bar(f"measuring {what}: record", len(records), delay_s=SILENCE_S, hidden=is_hidden) as bar:
 
         def on_records(count: int) -> None:
             bar.update(count)

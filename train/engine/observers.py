@@ -1,15 +1,19 @@
 """What a run says about itself: the observers of steps and evaluations. They watch, and change nothing."""
 
 import json
+import logging
 import math
 import resource
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from tqdm import tqdm
+
+from train.engine.evaluator import Evaluation
+from train.engine.terminal import progress_bar
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Observer(Protocol):
 
     def on_step(self, report: StepReport) -> None: ...
 
-    def on_evaluation(self, step: int, values: dict[str, float]) -> None: ...
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None: ...
 
     def close(self, *, failed: bool) -> None:
         """Called once, at the end of the run, whether it is done, stopped or `failed`."""
@@ -84,9 +88,9 @@ class MetricsFile:
         """Append the step's line."""
         self._write(report.to_dict())
 
-    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Append the evaluation's line."""
-        self._write({"step": step, **values})
+        self._write({"step": step, **evaluation.values})
 
     def _write(self, values: dict[str, float]) -> None:
         # JSON has no NaN and no infinity.
@@ -110,26 +114,18 @@ class Progress:
     """A bar with loss, rate and time left; now and then a line where the output is no terminal."""
 
     def __init__(self, total_steps: int, resume_step: int):
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total_steps,
-            initial=resume_step,
-            unit="step",
-            dynamic_ncols=terminal,
-            mininterval=0.2 if terminal else 20,
-        )
+        self._bar = progress_bar("step", total_steps, done=resume_step)
 
     def on_step(self, report: StepReport) -> None:
         """Move the bar."""
         self._bar.set_postfix(
-            loss=f"{report.loss:.3f}", tokens_per_s=f"{report.tokens / report.step_s:.0f}", refresh=False
+            train_loss=f"{report.loss:.3f}", tokens_per_s=f"{report.tokens / report.step_s:.0f}", refresh=False
         )
         self._bar.update()
 
-    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Print the figures above the bar."""
-        figures = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
-        self._bar.write(f"step {step}: {figures}", file=sys.stderr)
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Print a table of the figures above the bar."""
+        log.info("held-out records, after step %d:\n%s", step, evaluation.table())
 
     def close(self, *, failed: bool) -> None:
         """Leave the bar as it stands."""
@@ -150,7 +146,7 @@ class Profiler:
         """Count the step."""
         self._profile.step()
 
-    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Nothing: evaluations are part of the step they fall in."""
 
     def close(self, *, failed: bool) -> None:

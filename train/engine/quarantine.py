@@ -9,7 +9,6 @@ from typing import Any
 from train.data.record_set import BadNote
 from train.errors import TooMuchBadData
 
-
 _FEW = 10
 """Bad records that a small set may have."""
 

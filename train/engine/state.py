@@ -82,7 +82,7 @@ class TrainedState(ABC):
 
     @abstractmethod
     def _load(self, saved: SavedState, kinds: tuple[str, ...]) -> None:
-        """Put masters and moments in their places, and what the model computes with."""
+        """Put fp32 master weights and moments in their places, and what the model computes with."""
 
 
 class WholeState(TrainedState):
@@ -108,7 +108,7 @@ class WholeState(TrainedState):
 
 
 class LinkedState(TrainedState):
-    """ZeRO-1 and 2: each rank holds a stretch of a flat vector of masters, which may begin and end in a parameter."""
+    """ZeRO-1 and 2: each rank holds a part of a flat vector of fp32 master weights; it may begin and end inside one."""
 
     @property
     def _zero(self) -> Any:

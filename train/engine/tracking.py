@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import TrackerOptions
+from train.engine.evaluator import Evaluation
 from train.engine.observers import StepReport
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,9 @@ class WandbTracker:
         step = int(values.pop("step"))
         self._try(lambda: self._run and self._run.log(values, step=step))
 
-    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Log the evaluation with its step."""
-        self._try(lambda: self._run and self._run.log(values, step=step))
+        self._try(lambda: self._run and self._run.log(evaluation.values, step=step))
 
     def close(self, *, failed: bool) -> None:
         """Finish the run."""

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from train.announce import announced
 from train.data.loader import Fetched
 from train.engine.checkpoint import Checkpoints, is_better
 from train.engine.evaluator import Evaluator, write_predictions
@@ -43,7 +44,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Rhythm:
+class Intervals:
     """What happens when. `eval_every` and `save_every` count optimizer steps; 0 = only at the end."""
 
     total_steps: int
@@ -74,7 +75,7 @@ class Trainer:
     plan_digest: str
     name_of: Callable[[int], str]
     source_names: Sequence[str]
-    rhythm: Rhythm
+    intervals: Intervals
     quarantine: Quarantine
     checkpoints: Checkpoints
     evaluator: Evaluator | None
@@ -92,7 +93,7 @@ class Trainer:
             raise CheckpointError(
                 f"'{checkpoint}' was made with other data, or with another data.*, run.seed or run.packs_per_step, so "
                 "its place in the order of records is not known; put them back, or start anew in another run.dir "
-                "from the run's export"
+                f"from the run's export, with model.path={checkpoint.parent.parent / 'export'}"
             )
         with saved_state(checkpoint) as saved:
             self.trained.load(saved, state["parameters"], state["position"]["updates"])
@@ -101,6 +102,12 @@ class Trainer:
         self._evaluation = state["evaluation"]
         self._best = state.get("best")
         log.info("resumed from %s", checkpoint)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are done, and the evaluation after the last one."""
+        is_evaluated = self.evaluator is None or bool(self._evaluation)
+        return self.position.step == self.intervals.total_steps and is_evaluated
 
     def fit(self) -> bool:
         """Train to the end of the plan, evaluating and saving on the way; False if it was asked to stop before."""
@@ -117,21 +124,21 @@ class Trainer:
         self.train_step.model.train()
         steps = self._fetch()  # the workers start now, and decode while the model is evaluated
         stopped = False
-        if self.position.step == 0 and self.rhythm.evaluate_first:
+        if self.position.step == 0 and self.intervals.evaluate_first:
             stopped = not self.evaluate()
-        if self.position.step == self.rhythm.total_steps and not self._evaluation:
+        if self.position.step == self.intervals.total_steps and not self._evaluation:
             stopped = not self.evaluate()  # it was stopped in its last evaluation
             if self._evaluation:
                 self._is_best()
                 self.save()
         for fetched, wait_s in steps if not stopped else ():
             stopped = self._train_on(fetched, wait_s)
-            step, last = self.position.step, self.position.step == self.rhythm.total_steps
+            step, last = self.position.step, self.position.step == self.intervals.total_steps
             is_best = False
-            if last or (_is_due(step, self.rhythm.eval_every) and not stopped):
+            if last or (_is_due(step, self.intervals.eval_every) and not stopped):
                 stopped = not self.evaluate()
                 is_best = self._is_best()
-            if last or stopped or is_best or _is_due(step, self.rhythm.save_every):
+            if last or stopped or is_best or _is_due(step, self.intervals.save_every):
                 self.save()
             if stopped:
                 break
@@ -166,7 +173,8 @@ class Trainer:
         """Evaluate now, and tell the observers; False if it was asked to stop before the end."""
         if self.evaluator is None:
             return True
-        evaluation = self.evaluator.evaluate(self.train_step.model)
+        with announced("evaluating the held-out records"):
+            evaluation = self.evaluator.evaluate(self.train_step.model)
         if evaluation is None:
             return False
         self._evaluation = evaluation.values
@@ -174,7 +182,7 @@ class Trainer:
         if evaluation.predictions and self.accelerator.is_main_process:
             write_predictions(self.predictions / f"step-{self.position.step:06d}.jsonl", evaluation.predictions)
         for observer in self.observers:
-            observer.on_evaluation(self.position.step, evaluation.values)
+            observer.on_evaluation(self.position.step, evaluation)
         return True
 
     def let_go(self) -> None:
@@ -187,11 +195,11 @@ class Trainer:
 
     def _fetch(self) -> Iterator[tuple[Fetched, float]]:
         """This rank's share of each step still to do, and the seconds it was waited for."""
-        todo = self.rhythm.total_steps - self.position.step
+        todo = self.intervals.total_steps - self.position.step
         if todo <= 0:
             return iter(())
         steps = iter(self.steps_from(self.position.epoch, self.position.step_in_epoch))
-        if self.rhythm.one_batch:
+        if self.intervals.one_batch:
             steps = repeat(next(steps))
         return (_timed(steps) for _ in range(todo))
 
@@ -239,7 +247,7 @@ class Trainer:
         names = ", ".join(self.name_of(record) for record in records[:_NAMED])
         more = f" and {len(records) - _NAMED} more" if len(records) > _NAMED else ""
         log.warning("step %d left out: %s %s%s is not finite", self.position.step, what, names, more)
-        if self._not_finite > self.rhythm.max_not_finite:
+        if self._not_finite > self.intervals.max_not_finite:
             raise TrainingError(
                 f"{self._not_finite} steps in a row had a loss or gradient that is not finite, more than "
                 f"run.max_not_finite allows; the last one with {names}{more}. Lower the learning rate, or look at "

@@ -65,7 +65,7 @@ class SavedState:
 
 
 class TrainedWeights(Mapping[str, Tensor]):
-    """Float32 masters of a checkpoint's trained parameters, by name, read when they are asked for."""
+    """fp32 master weights of a checkpoint's trained parameters, by name, read when they are asked for."""
 
     def __init__(self, folder: Path):
         self._shapes: dict[str, list[int]] = read_state(folder)["parameters"]

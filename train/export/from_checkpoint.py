@@ -1,11 +1,13 @@
 """The export of a run: from its checkpoint and its options."""
 
+import json
 from pathlib import Path
 
 from train.checks import tuned_modules
 from train.config import Options
 from train.data.record_set import BadNote, RecordSet
-from train.export.checkpoint_reader import read_state, trained_weights
+from train.export.base_folder import REPORT
+from train.export.checkpoint_reader import MANIFEST, read_state, trained_weights
 from train.export.model_folder import export
 from train.families.family import Family
 from train.families.registry import find
@@ -28,6 +30,18 @@ def export_checkpoint(options: Options, base: Path, checkpoint: Path, folder: Pa
         fully_tuned=tuple(name for name in tuned_modules(options) if name not in adapted),
         with_code=options.run.export_with_code,
     )
+
+
+def is_export_of(checkpoint: Path, folder: Path, options: Options) -> bool:
+    """Whether a model folder is the whole export of this checkpoint, with what the options ask for."""
+    report, manifest = folder / REPORT, checkpoint / MANIFEST
+    try:
+        said = json.loads(report.read_text(encoding="utf-8"))
+        is_newer = report.stat().st_mtime >= manifest.stat().st_mtime
+        made_of = said["step"], said["with_code"]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or none of ours
+        return False
+    return is_newer and made_of == (read_state(checkpoint)["step"], options.run.export_with_code)
 
 
 def lora_settings(options: Options, family: Family) -> LoraSettings:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from train.errors import CheckpointError
+from train.export.adapter_card import write_card
 from train.export.base_folder import ADAPTER, REPORT, check_files, check_room, side_files
 from train.export.check import verify
 from train.export.remote_code import add_remote_code
@@ -64,6 +65,7 @@ def export(
         write_weights(base, skeleton, trained, aside, lora)
         if lora:
             save_adapter(skeleton, family.rules, lora, trained, aside / ADAPTER, base=base, fully_tuned=fully_tuned)
+            write_card(aside / ADAPTER, family, base, lora, fully_tuned)
         if with_code:
             add_remote_code(aside, family)
     except OSError as error:
@@ -72,7 +74,7 @@ def export(
             f"the export to '{folder}' cannot be written: {error}; nothing is lost: make room, and `omnitune export` "
             "goes on from the run's checkpoint"
         ) from error
-    report: dict[str, Any] = {"base": str(base), "step": step}
+    report: dict[str, Any] = {"base": str(base), "step": step, "with_code": with_code}
     report |= verify(family, base, trained, aside, batch, lora)
     (aside / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if not report["ok"]:

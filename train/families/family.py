@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -204,7 +205,9 @@ def _states(config: Mapping[str, Any], key: str) -> bool:
 
 
 def quieten_transformers() -> None:
-    """Let transformers speak of errors alone: no advice, no bars for loading and saving; bitsandbytes likewise."""
+    """Show errors of transformers and bitsandbytes alone: no advice, no bars; and no library's deprecation warnings."""
+    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel package that it does without

@@ -19,7 +19,7 @@ _FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 @contextmanager
-def told_to_the_launcher(explain: Callable[[Exception], str | None]) -> Iterator[None]:
+def report_failure(explain: Callable[[Exception], str | None]) -> Iterator[None]:
     """Around all that a process does: a failure is told where it is read best.
 
     explain: what to say of an error that the user can put right, or None for any other, which keeps its traceback.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from train.engine.evaluator import Evaluation
 from train.engine.observers import MetricsFile, StepReport
 
 
@@ -20,6 +21,10 @@ def report(step: int) -> StepReport:
         rates={"llm": 1e-3},
         source_losses={"captions": 2.0},
     )
+
+
+def evaluation(values: dict[str, float]) -> Evaluation:
+    return Evaluation(values, by_type={}, overall={}, predictions=[], bad=[])
 
 
 def test_a_line_a_step(tmp_path: Path) -> None:
@@ -46,7 +51,7 @@ def test_a_line_a_step(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
-    metrics.on_evaluation(1, {"eval/loss": float("nan"), "eval/other": float("inf")})
+    metrics.on_evaluation(1, evaluation({"eval/loss": float("nan"), "eval/other": float("inf")}))
     metrics.close(failed=False)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "eval/loss": null, "eval/other": null}\n'
 

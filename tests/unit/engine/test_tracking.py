@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from tests.unit.engine.test_metrics import report
+from tests.unit.engine.test_observers import evaluation, report
 from train.config import TrackerOptions
 from train.engine.tracking import WandbTracker
 
@@ -28,7 +28,7 @@ def track(folder: Path, project: str = "tests") -> None:
     """All that a run asks of its tracker."""
     folder.mkdir(exist_ok=True)
     tracker = WandbTracker(TrackerOptions(project=project), name="test", folder=folder, config={"run": {"seed": 0}})
-    tracker.on_evaluation(0, {"eval/loss": 2.0})
+    tracker.on_evaluation(0, evaluation({"eval/loss": 2.0}))
     tracker.on_step(report(1))
     tracker.close(failed=False)
 

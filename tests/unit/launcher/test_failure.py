@@ -12,8 +12,8 @@ from train.launcher.failure import first_failure
 
 SCRIPT = """
 import sys
-from train.launcher.failure import told_to_the_launcher
-with told_to_the_launcher(lambda error: str(error) if isinstance(error, ValueError) else None):
+from train.launcher.failure import report_failure
+with report_failure(lambda error: str(error) if isinstance(error, ValueError) else None):
     raise eval(sys.argv[1])
 """
 

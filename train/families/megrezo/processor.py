@@ -160,7 +160,7 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         if not pictures:
             raise CheckpointError(f"'{folder}' has no preprocessor_config.json; copy it from the published model")
         model = {"image_feature_size": config.get("query_num"), "patch_size": config.get("patch_size")}
-        _check_agreement(folder, pictures, model)
+        _check_settings_match(folder, pictures, model)
         pictures.setdefault("image_feature_size", config.get("query_num", 64))
         tokenizer = load_tokenizer(folder, **hub)
         audio = config.get("audio_config", {})
@@ -273,7 +273,7 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         return log_mel(fitted, self.feature_extractor, mel_frames(samples))
 
 
-def _check_agreement(folder: str | Path, pictures: dict[str, Any], model: dict[str, Any]) -> None:
+def _check_settings_match(folder: str | Path, pictures: dict[str, Any], model: dict[str, Any]) -> None:
     """CheckpointError where preprocessor_config.json and config.json do not agree."""
     stated = {key: value for key, value in model.items() if value is not None}
     refuse(
