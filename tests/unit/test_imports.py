@@ -1,4 +1,4 @@
-"""Who may import whom: the rules of the house, read from the imports themselves."""
+"""Who may import whom: the rules, read from the imports themselves."""
 
 import ast
 import re
@@ -77,19 +77,19 @@ def ours(file: Path) -> set[str]:
     return {name for name in imports(file) if name.startswith("train.")}
 
 
-def within(module: str, rooms: set[str] | tuple[str, ...]) -> bool:
-    return any(module == room or module.startswith(f"{room}.") for room in rooms)
+def within(module: str, packages: set[str] | tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
-def test_imports_keep_to_the_rooms(file: Path) -> None:
+def test_imports_keep_to_the_rules(file: Path) -> None:
     importer = module_name(file)
     for imported in imports(file):
-        room = imported.split(".")[0]
-        if room in ONLY_IN:
-            assert within(importer, ONLY_IN[room]), f"{importer} may not import {imported}"
+        package = imported.split(".")[0]
+        if package in ONLY_IN:
+            assert within(importer, ONLY_IN[package]), f"{importer} may not import {imported}"
         for owner, allowed in OURS.items():
-            if within(importer, (owner,)) and room == "train":
+            if within(importer, (owner,)) and package == "train":
                 assert within(imported, allowed), f"{importer} may not import {imported}"
 
 
@@ -168,9 +168,9 @@ def test_the_search_for_models_names_finds_them(code: str, asks: bool) -> None:
     assert any(map(asks_for_the_model, ast.walk(ast.parse(code)))) == asks
 
 
-def test_the_rules_see_every_room() -> None:
-    rooms = {".".join(module_name(file).split(".")[:2]) for file in FILES if "train" in file.relative_to(ROOT).parts}
-    assert rooms - set(OURS) == {"train", "train.commands", "train.main"}
+def test_the_rules_cover_every_package() -> None:
+    packages = {".".join(module_name(file).split(".")[:2]) for file in FILES if "train" in file.relative_to(ROOT).parts}
+    assert packages - set(OURS) == {"train", "train.commands", "train.main"}
 
 
 def test_import_train_is_light() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from train.data.plan import Limits, assign, plan_epoch
 from train.data.record_set import BadNote, Measured, RecordSet
-from train.data.watch import Watch
+from train.data.watchdog import Watchdog
 from train.data.workers import Results
 from train.errors import OmniTuneError
 from train.schema import Batch
@@ -121,7 +121,7 @@ class _RankSteps:
             yield epoch, step, mine + [[]] * (places - len(mine))
 
 
-def _decode(records: RecordSet, item: tuple[int, int, list[list[int]]], watch: Watch) -> Fetched:
+def _decode(records: RecordSet, item: tuple[int, int, list[list[int]]], watch: Watchdog) -> Fetched:
     epoch, step, packs = item
     fetched = Fetched([], epoch=epoch, step_in_epoch=step)
     for pack in packs:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from train.data.watch import Watch
+from train.data.watchdog import Watchdog
 from train.errors import OmniTuneError
 
 log = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ UNWATCHED = Workers()
 
 @dataclass
 class _Jobs(Dataset, Generic[R]):
-    job: Callable[[Any, Watch], R]
-    watch: Watch
+    job: Callable[[Any, Watchdog], R]
+    watch: Watchdog
 
     def __getitem__(self, item: Any) -> R:
         return self.job(item, self.watch)
@@ -62,14 +62,14 @@ class Results(Generic[R]):
     Where one ends (killed by the watchdog or from outside, or crashed), all start anew from the result that is next.
     The record it was at is tried once more, and given up when a worker ends at it again.
 
-    job: takes an item and a Watch, to be entered with a record's index around the work on it; is pickled.
+    job: takes an item and a Watchdog, entered with a record's index around the work on it; is pickled.
     items_from: the items that are left after so many results.
     given_up: takes the records that were given up, and why; `job` must hold it, and skip them.
     """
 
     def __init__(
         self,
-        job: Callable[[Any, Watch], R],
+        job: Callable[[Any, Watchdog], R],
         items_from: Callable[[int], Iterable[Any]],
         given_up: dict[int, str],
         workers: Workers,
@@ -84,7 +84,7 @@ class Results(Generic[R]):
     def __iter__(self) -> Iterator[R]:
         return self._from(*self._begin(0))
 
-    def _from(self, watch: Watch, results: Iterator[R] | None) -> Iterator[R]:
+    def _from(self, watch: Watchdog, results: Iterator[R] | None) -> Iterator[R]:
         done, nothing = 0, object()
         try:
             while True:
@@ -107,7 +107,7 @@ class Results(Generic[R]):
             results = None
             watch.close()
 
-    def _is_loss(self, error: Exception, watch: Watch) -> bool:
+    def _is_loss(self, error: Exception, watch: Watchdog) -> bool:
         """Whether the error came of a worker's end, and not from `job`."""
         if not self.workers.count:
             return False
@@ -118,7 +118,7 @@ class Results(Generic[R]):
             time.sleep(0.01)
         return watch.is_one_gone()
 
-    def _note_losses(self, watch: Watch, error: Exception) -> None:
+    def _note_losses(self, watch: Watchdog, error: Exception) -> None:
         lost = watch.lost_records()
         if not lost:
             self._count_fruitless(error)
@@ -136,17 +136,17 @@ class Results(Generic[R]):
                 "a limit of the machine), or set data.workers=0"
             ) from error
 
-    def _begin(self, done: int) -> tuple[Watch, Iterator[R]]:
+    def _begin(self, done: int) -> tuple[Watchdog, Iterator[R]]:
         while True:
             try:
                 return self._start(done)
             except (ConnectionError, EOFError) as error:  # one ended while it was told what to do
                 self._count_fruitless(error)
 
-    def _start(self, done: int) -> tuple[Watch, Iterator[R]]:
+    def _start(self, done: int) -> tuple[Watchdog, Iterator[R]]:
         multiprocessing.set_forkserver_preload(["train.data.encoding", "train.data.audio", "train.data.images"])
         count = self.workers.count
-        watch = Watch(count, self.workers.limit_s)
+        watch = Watchdog(count, self.workers.limit_s)
         loader = DataLoader(
             _Jobs(self.job, watch),
             batch_size=None,

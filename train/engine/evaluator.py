@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from train.data.collate import collate
 from train.data.plan import Limits, pack
 from train.data.record_set import BadNote, Measured, RecordSet
-from train.data.watch import Watch
+from train.data.watchdog import Watchdog
 from train.data.workers import Results
 from train.engine.stop import StopRequest
 from train.errors import ConfigError
@@ -86,7 +86,7 @@ class Prompts:
     bad: list[BadNote]
 
 
-def _prompts(records: RecordSet, indices: Sequence[int], watch: Watch) -> Prompts:
+def _prompts(records: RecordSet, indices: Sequence[int], watch: Watchdog) -> Prompts:
     samples, asked, kept, bad = [], [], [], []
     for index in indices:
         found = records.attempt(index, partial(_prompt, records), watch)
@@ -236,7 +236,7 @@ class Evaluator:
     def _type_index(self, index: int) -> int:
         return self.types.index(self.measured.types[index])
 
-    def _mine(self, job: Callable[[Any, Watch], R], groups: list[list[int]]) -> Iterator[R]:
+    def _mine(self, job: Callable[[Any, Watchdog], R], groups: list[list[int]]) -> Iterator[R]:
         """What `job` makes of this rank's groups; equally many on every rank, since each is a set of collectives.
 
         Raises _Stopped on every rank once one was asked to stop. What was given up at the end is so on all of them.

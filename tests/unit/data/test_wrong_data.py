@@ -22,7 +22,7 @@ from train.data.audio import clip_length, load_clip
 from train.data.images import load_picture, picture_size
 from train.data.readers import JsonLines, open_source
 from train.data.record_set import BadNote, RecordSet, SourceSpec
-from train.data.watch import Watch
+from train.data.watchdog import Watchdog
 from train.errors import BadRecord, OmniTuneError
 
 
@@ -319,8 +319,8 @@ def test_whatever_a_decoder_raises_costs_the_record_alone(tmp_path: Path, proces
 
 def test_a_refused_record_does_not_stay_under_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a worker that has nothing more to do is killed for the record that it refused."""
-    watch = Watch(1, limit_s=60.0)
-    monkeypatch.setattr("train.data.watch.get_worker_info", lambda: type("Info", (), {"id": 0}))
+    watch = Watchdog(1, limit_s=60.0)
+    monkeypatch.setattr("train.data.watchdog.get_worker_info", lambda: type("Info", (), {"id": 0}))
     with pytest.raises(BadRecord), watch(7):
         raise BadRecord("refused")
     assert watch._now[0, 0] == -1

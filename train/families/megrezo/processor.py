@@ -209,8 +209,8 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         """What stands for a clip of so many samples at 16 kHz."""
         return self._places_between(AUDIO_ENDS, self._clip_places(samples))
 
-    def heard_samples(self, samples: int, name: str) -> int:
-        """How many of a clip's samples at 16 kHz are heard; BadRecord if it is too long or too short."""
+    def usable_samples(self, samples: int, name: str) -> int:
+        """How many of a clip's samples at 16 kHz are used; BadRecord if it is too long or too short."""
         most = self.feature_extractor.n_samples
         if samples > most:
             if self.long_audio == "quarantine":
@@ -230,7 +230,7 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
             places = self._extend(tokens, self.picture_tokens(layout, len(tokens.of("image"))))
             tokens.media.append(Medium("image", source, layout, begin, len(tokens.ids), places))
         else:
-            samples = self.heard_samples(clip_length(source), f"audio {_name(source)}")
+            samples = self.usable_samples(clip_length(source), f"audio {_name(source)}")
             places = self._extend(tokens, self.clip_tokens(samples))
             tokens.media.append(Medium("audio", source, samples, begin, len(tokens.ids), places))
 

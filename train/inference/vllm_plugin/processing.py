@@ -59,7 +59,7 @@ class MediaParser(MultiModalDataParser):
         decoded = np.asarray(decoded, np.float32)
         mono = decoded.mean(axis=0) if decoded.ndim == 2 else decoded
         rate = SAMPLE_RATE if rate is None else rate
-        samples = self._processor.heard_samples(clip_samples(len(mono) / rate), "audio")
+        samples = self._processor.usable_samples(clip_samples(len(mono) / rate), "audio")
         # A resampler's rounding is all that the clip can differ by.
         return fit_clip(resampled(mono, rate)[:samples], samples, tolerance=0.01), None
 

@@ -1,4 +1,4 @@
-"""An eye on the workers: which record each one works on, since when; one that takes too long is killed."""
+"""The watchdog of the workers: which record each one works on, since when; one that takes too long is killed."""
 
 import os
 import select
@@ -18,10 +18,10 @@ _GRACE_S = 20.0
 """Seconds that a worker goes on after SIGTERM."""
 
 
-class Watch:
-    """Shared between this process, which watches, and its workers, which say what they do.
+class Watchdog:
+    """Shared between this process and its workers, which note in it what they work on.
 
-    workers: 0 = records are read in this process, and nothing is watched.
+    workers: 0 = records are read in this process, without a watchdog.
     limit_s: seconds that a record may take.
     """
 
@@ -65,7 +65,7 @@ class Watch:
         return lost
 
     def close(self) -> None:
-        """Stop watching, and end the workers that have not ended yet."""
+        """Stop, and end the workers that have not ended yet."""
         self._end.set()
         for _, _, process, born in self._now.tolist():
             _kill(process, born)
@@ -78,7 +78,7 @@ class Watch:
                     _kill(process, born)
 
     def begin(self, worker: int) -> None:
-        """Called in each new worker: end it when the process that watches ends, however that happens.
+        """Called in each new worker: end it when the process that owns the watchdog ends, however that happens.
 
         A worker's parent is the fork server, which waits for its workers: nobody else would end either.
         Signals that ask the whole run to stop reach the workers too, which are needed for the step at hand.
