@@ -76,7 +76,7 @@ class _Refused(Exception):
 
 
 class _Parser(ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> None:
         raise _Refused(message)
 
 
@@ -101,8 +101,8 @@ def wrong_commands(text: str, page: Path) -> list[str]:
                 parser.parse_intermixed_args(rest)
             except _Refused as fault:
                 wrong.append(f"{' '.join(words)}: {fault}")
-        elif unknown := {word for word in rest if word.startswith("--")} - set(parser._option_string_actions):
-            wrong.append(f"{' '.join(words)}: {unknown}")
+        elif any(word.startswith("--") and word not in parser.format_help() for word in rest):
+            wrong.append(" ".join(words))
     return wrong
 
 
