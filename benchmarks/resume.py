@@ -84,7 +84,7 @@ def saving(size: str) -> dict[str, Any]:
     try:
         checkpoints = Checkpoints(folder, accelerator, keep_last=1)
         began = time.perf_counter()
-        checkpoints.save(trained.tensors(), {"step": 1, "parameters": trained.shapes(), "world_size": 1})
+        checkpoints.save(trained.tensors, {"step": 1, "parameters": trained.shapes(), "world_size": 1})
         waited = time.perf_counter()
         newest = checkpoints.newest()
         written = time.perf_counter()

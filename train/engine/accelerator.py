@@ -145,6 +145,8 @@ def make_accelerator(options: Options) -> Accelerator:
             deepspeed_plugin=plugin,
             kwargs_handlers=handlers,
         )
+    # Convolutions in float32 would run in TF32 unless told otherwise: half the digits.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = options.run.precision is Precision.bf16
     if options.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
@@ -56,14 +56,15 @@ class Checkpoints:
                 shutil.rmtree(left)
         accelerator.wait_for_everyone()
 
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def save(self, tensors: Callable[[], Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Begin to write a checkpoint in the background; every rank must call it.
 
-        tensors: this rank's part; nobody may change them any more.
-        state: JSON values, the same on every rank, `step`, `world_size` and `evaluation` among them.
+        tensors: copies this rank's part, which nobody else changes; called once the one before is written, since two
+        copies of a large model would not fit into host memory.
+        state: JSON values, the same on every rank, `step` among them.
         """
         self.finish()
-        self._writer = Thread(target=self._write, args=(dict(tensors), dict(state)), daemon=True)
+        self._writer = Thread(target=self._write, args=(dict(tensors()), dict(state)), daemon=True)
         self._writer.start()
 
     def check(self) -> None:

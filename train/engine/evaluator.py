@@ -211,7 +211,7 @@ class Evaluator:
                     prompts.batch.to(self.accelerator.device),
                     max_new_tokens=self.max_new_tokens,
                     do_sample=False,
-                    synced_gpus=self.accelerator.num_processes > 1,
+                    synced_gpus=self._shards_weights(),
                 )
             for index, record, ids in zip(prompts.batch.records, prompts.records, answers, strict=False):
                 answer = str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -235,6 +235,11 @@ class Evaluator:
 
     def _type_index(self, index: int) -> int:
         return self.types.index(self.measured.types[index])
+
+    def _shards_weights(self) -> bool:
+        """Whether ranks hold parts of the weights (ZeRO-3), so that all must run every forward of a generation."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.accelerator.num_processes > 1 and plugin is not None and plugin.zero_stage == 3
 
     def _mine(self, job: Callable[[Any, Watchdog], R], groups: list[list[int]]) -> Iterator[R]:
         """What `job` makes of this rank's groups; equally many on every rank, since each is a set of collectives.

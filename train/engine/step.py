@@ -27,7 +27,7 @@ class StepResult:
 
     rates: the learning rate of each parameter group, by its label.
     updated: False where a loss or a gradient was not finite: then the parameters are as they were, on every rank.
-    suspects: the records on this rank whose loss was not finite.
+    suspects: where nothing was updated, the records on this rank whose loss was not finite.
     stop: whether some rank was asked to stop.
     source_losses: float64 (sources,), NaN for a source that this step had nothing of.
     """
@@ -93,19 +93,21 @@ class TrainStep:
         weight = float(counts[0])
         # DeepSpeed updates in its last backward, so the rates are set before it.
         rates = self.rates.set(self.optimizer, step, self._idle(counts[4:]))
-        sums = torch.zeros(2, self.sources, dtype=torch.float64)
-        suspects: list[int] = []
+        # Row 2 tells of requests to stop. All of it stays on the device until the step ends: a look would wait for it.
+        sums = torch.zeros(3, self.sources, dtype=torch.float64, device=self.accelerator.device)
+        losses: list[Tensor] = []
         for index, batch in enumerate(batches):
             torch.manual_seed(_seed_of(self.seed, step, batch.records))
-            losses = self._forward_backward(batch, weight, is_last=index == len(batches) - 1).double().cpu()
-            suspects += _not_finite(losses, batch)
-            weights = batch.loss_weights.double()
-            sums[0].index_add_(0, batch.target_sources, losses * weights)
-            sums[1].index_add_(0, batch.target_sources, weights)
+            here = batch.to(self.accelerator.device)
+            losses.append(self._forward_backward(here, weight, is_last=index == len(batches) - 1).double())
+            weights = here.loss_weights.double()
+            sums[0].index_add_(0, here.target_sources, losses[-1] * weights)
+            sums[1].index_add_(0, here.target_sources, weights)
         grad_norm = self._update()
         updated = math.isfinite(grad_norm)
-        asked = torch.full((1, self.sources), float(self.stop.requested), dtype=torch.float64)
-        sums = self._summed(torch.cat([sums, asked]))
+        found = [] if updated else list(map(_not_finite, losses, batches))
+        sums[2] = float(self.stop.requested)
+        sums = self._summed(sums)
         return StepResult(
             loss=float(sums[0].sum()) / weight if weight else 0.0,
             source_losses=sums[0] / sums[1],
@@ -115,7 +117,7 @@ class TrainStep:
             bad_records=int(counts[3]),
             rates=rates,
             updated=updated,
-            suspects=suspects,
+            suspects=[record for of_pack in found for record in of_pack],
             stop=bool(sums[2].any()),
         )
 
@@ -131,7 +133,7 @@ class TrainStep:
         """
         self.accelerator.gradient_state._set_sync_gradients(is_last)
         with self._without_reduction() if not is_last else nullcontext():
-            loss = self.objective.loss(self.model, batch.to(self.accelerator.device))
+            loss = self.objective.loss(self.model, batch)
             scale = self.accelerator.num_processes / weight if weight else 0.0
             self.accelerator.backward(loss.total * scale)
         return loss.each
@@ -167,6 +169,6 @@ def _seed_of(seed: int, step: int, records: Sequence[int]) -> int:
 
 def _not_finite(losses: Tensor, batch: Batch) -> list[int]:
     """The records of a pack in whose targets' losses (M,) something is not finite."""
-    places = batch.target_positions.cpu()[~losses.isfinite()]
+    places = batch.target_positions.cpu()[~losses.isfinite().cpu()]
     samples = torch.searchsorted(batch.cu_seqlens, places, right=True) - 1
     return [batch.records[sample] for sample in samples.unique().tolist()]

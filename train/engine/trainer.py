@@ -167,7 +167,7 @@ class Trainer:
             "best": self._best,
             "world_size": self.accelerator.num_processes,
         }
-        self.checkpoints.save(self.trained.tensors(), state)
+        self.checkpoints.save(self.trained.tensors, state)
 
     def evaluate(self) -> bool:
         """Evaluate now, and tell the observers; False if it was asked to stop before the end."""

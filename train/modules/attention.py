@@ -1,6 +1,6 @@
 """Attention over segments of a flat row: one function for the LLM, the towers and the resampler.
 
-On CUDA in half precision it is torch's variable-length kernel; elsewhere SDPA, one call for each
+On CUDA in half precision, from Ampere on, it is torch's variable-length kernel; elsewhere SDPA, one call for each
 distinct length. Nothing is padded, no mask is built, and a segment's output does not depend on its
 neighbours.
 
@@ -11,7 +11,7 @@ is plain SDPA.
 
 import inspect
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -40,21 +40,20 @@ class Segments:
     """tokens of each segment, each at least 1"""
     cu_seqlens: Tensor
     """int32 (N + 1,) on the device: where each segment begins, and the end"""
+    longest: int
+    """tokens of the longest segment; a field, since torch.compile breaks its graph at a cached property"""
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device) -> "Segments":
         """Segments of these lengths, one after the other."""
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        return cls(tuple(lengths), ends.to(device, non_blocking=True))
+        return cls(tuple(lengths), ends.to(device, non_blocking=True), max(lengths))
 
     @classmethod
     def of_cu_seqlens(cls, cu_seqlens: Tensor, device: torch.device) -> "Segments":
         """Segments between cumulative lengths, int32 (N + 1,); waits for the device if they lie on one."""
-        return cls(tuple(cu_seqlens.diff().tolist()), cu_seqlens.to(device, non_blocking=True))
-
-    @cached_property
-    def longest(self) -> int:
-        return max(self.lengths)
+        lengths = cu_seqlens.diff().tolist()
+        return cls(tuple(lengths), cu_seqlens.to(device, non_blocking=True), max(lengths))
 
 
 def varlen_attention(
@@ -83,13 +82,19 @@ def varlen_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _has_varlen_kernel(q.device):
         options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
         if q.shape[1] != k.shape[1]:
             options |= _GROUPED_HEADS
         lengths = (segments_q.cu_seqlens, segments_k.cu_seqlens, segments_q.longest, segments_k.longest)
         return cast(Tensor, varlen_attn(q, k, v, *lengths, **options))
     return _attention_by_length(q, k, v, segments_q, segments_k, causal=causal, scale=scale)
+
+
+@lru_cache
+def _has_varlen_kernel(device: torch.device) -> bool:
+    """Whether the GPU is an Ampere or later: on older ones the kernel crashes."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attention_by_length(

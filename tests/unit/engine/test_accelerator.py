@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from train.config import Engine, Options
+from tests.runs import forget_accelerator
+from train.config import Engine, Options, Precision
 from train.engine.accelerator import deepspeed_config, make_accelerator
 from train.errors import ConfigError
 
@@ -52,3 +53,13 @@ def test_gpus_that_nobody_uses_are_pointed_out(
     with caplog.at_level(logging.WARNING):
         make_accelerator(options)
     assert "one process was started, so one of 4 GPUs is used" in caplog.text
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [(Precision.fp32, False), (Precision.bf16, True)])
+def test_float32_means_float32_in_convolutions_too(precision: Precision, allowed: bool) -> None:
+    forget_accelerator()
+    options = Options()
+    options.engine.name, options.run.precision = Engine.none, precision
+    make_accelerator(options)
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
+    forget_accelerator()

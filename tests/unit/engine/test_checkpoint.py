@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -30,8 +31,23 @@ def accelerator() -> Iterator[Accelerator]:
 def save(checkpoints: Checkpoints, step: int, evaluation: dict[str, float] | None = None) -> None:
     tensors = {"master/a.weight/0": torch.arange(6.0) + step, "master/b/0": torch.ones(4)}
     state = {"step": step, "parameters": PARAMETERS, "evaluation": evaluation or {}, "world_size": 1}
-    checkpoints.save(tensors, state)
+    checkpoints.save(lambda: tensors, state)
     checkpoints.finish()
+
+
+def test_the_next_copy_is_made_when_the_last_one_is_written(tmp_path: Path, accelerator: Accelerator) -> None:
+    """Two copies of a large model would not fit into host memory."""
+    checkpoints = Checkpoints(tmp_path, accelerator, keep_last=0)
+    written = []
+    for step in (1, 2):
+
+        def copied() -> dict[str, torch.Tensor]:
+            written.append(sorted(path.name for path in tmp_path.glob("step-*")))
+            return {"master/a.weight/0": torch.zeros(6), "master/b/0": torch.ones(4)}
+
+        checkpoints.save(copied, {"step": step, "parameters": PARAMETERS, "evaluation": {}, "world_size": 1})
+    checkpoints.finish()
+    assert written == [[], ["step-000001"]]
 
 
 def forge(folder: Path, change: Callable[[dict], object]) -> None:
@@ -234,7 +250,7 @@ def test_another_ranks_failure_ends_the_wait_and_is_told(tmp_path: Path) -> None
             parts[1]["not/contiguous/0"] = torch.ones(4, 4).T  # which safetensors refuses
         state = {"step": step, "parameters": PARAMETERS, "evaluation": {}, "world_size": 2}
         for rank in (0, 1):
-            checkpoints[rank].save(parts[rank], state)
+            checkpoints[rank].save(partial(parts.__getitem__, rank), state)
         if spoiled:
             for rank in (0, 1):
                 with pytest.raises(CheckpointError, match="contiguous"):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from train.modules.attention import Segments, llm_attention, varlen_attention
+from train.modules.attention import Segments, _has_varlen_kernel, llm_attention, varlen_attention
 
 CPU = torch.device("cpu")
 
@@ -72,3 +72,13 @@ def test_without_segments_it_is_sdpa_with_a_mask():
     out, _ = llm_attention(nn.Module(), q, k, v, mask, scaling=0.5)
     expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5).transpose(1, 2)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_older_gpus_are_spared_the_kernel_that_crashes_there(
+    capability: tuple[int, int], has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    _has_varlen_kernel.cache_clear()
+    assert _has_varlen_kernel(torch.device("cuda")) is has
+    _has_varlen_kernel.cache_clear()
