@@ -121,7 +121,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
     ]
     names = {re.split(r"[\s<>=;\[]", requirement)[0].lower().replace("-", "_") for requirement in declared}
     used = {name.split(".")[0] for file in FILES for name in imports(file)} - set(sys.stdlib_module_names)
-    assert {PACKAGES.get(name, name) for name in used} - {"train", "vllm"} <= names
+    assert {PACKAGES.get(name, name) for name in used} - {"train", "omnitune", "vllm"} <= names
 
 
 PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra_core"}
