@@ -110,7 +110,7 @@ def test_a_fault_on_every_rank_is_told_once(words: list[str], venv: Path) -> Non
     assert done.stderr.count("Traceback") == 0
     done = start(["./launch.sh", *words, "run.max_step=3"], **environment)
     assert done.returncode == 1
-    assert done.stderr.count("Could not override 'run.max_step'") == 1
+    assert done.stderr.count("there is no option 'run.max_step'") == 1
     assert done.stderr.count("Traceback") == 0
 
 
