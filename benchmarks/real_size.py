@@ -247,7 +247,12 @@ def train_and_export(table: Table, model: Path, records: Path, run: Path) -> Non
     """LoRA steps, a checkpoint, a kill; then the same command to its end, which writes and checks the export."""
     command = [sys.executable, "train/main.py", "+recipe=lora", "model=megrez_3b_omni", f"model.path={model}"]
     command += ["engine=zero2", "data=files", "data.eval=[]", "data.max_tokens=1536"]
-    command += ["run.packs_per_step=1", "run.epochs=9", f"run.max_steps={STEPS}", f"run.save_every={KILLED_AFTER}"]
+    command += [
+        "run.packs_per_step=1",
+        "run.epochs=9",
+        f"run.max_steps={STEPS}",
+        f"checkpoint.save_every={KILLED_AFTER}",
+    ]
     command += [f"data.train=[{{path: {records}}}]", f"run.dir={run}", "tracker=none"]
     log = run.with_suffix(".log")
     metrics = run / "metrics.jsonl"

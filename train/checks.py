@@ -58,9 +58,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.epochs": (1, 10**5),
     "run.max_steps": (1, _COUNT),
     "run.packs_per_step": (1, 10**5),
-    "run.save_every": (0, _COUNT),
-    "run.keep_last": (0, _COUNT),
-    "run.eval_every": (0, _COUNT),
+    "checkpoint.save_every": (0, _COUNT),
+    "checkpoint.keep_last": (0, _COUNT),
+    "eval.every": (0, _COUNT),
     "run.max_not_finite": (0, _COUNT),
     "run.threads": (0, 512),
     "eval.max_records": (0, _COUNT),
@@ -228,8 +228,8 @@ def _number_faults(options: Options) -> list[str]:
     ]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         faults.append(f"optim.betas is {list(betas)}; it takes two numbers from 0 to below 1")
-    if run.keep_best and not options.data.eval:
-        faults.append(f"run.keep_best is {run.keep_best}, but data.eval is empty, so nothing is evaluated")
+    if (best := options.checkpoint.keep_best) and not options.data.eval:
+        faults.append(f"checkpoint.keep_best is {best}, but data.eval is empty, so nothing is evaluated")
     if run.resume not in ("auto", "never") and not Path(run.resume).is_dir():
         faults.append(f"run.resume: there is no checkpoint folder '{run.resume}'; use auto, never or a folder")
     return faults

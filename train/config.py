@@ -218,17 +218,6 @@ class RunOptions:
     """Optimizer steps at most; null = `epochs` decides alone."""
     packs_per_step: int = 8
     """Packs in an optimizer step over all ranks: the global batch, whatever the number of ranks."""
-    save_every: int = 500
-    """Optimizer steps between checkpoints; 0 = only at the end."""
-    export_with_code: bool = False
-    """Put the model's code into export/, so that it loads with `trust_remote_code=True` where OmniTune is absent."""
-    keep_last: int = 2
-    """Newest checkpoints kept; 0 = all."""
-    keep_best: str = ""
-    """Figure of the evaluation (`eval/loss`, `eval/exact_match`, ...) by which the best checkpoint is kept too; "" =
-    none. An evaluation after the first step that is better than all before it saves one."""
-    eval_every: int = 500
-    """Optimizer steps between evaluations; 0 = only before the first step and after the last."""
     resume: str = "auto"
     """`auto` = go on from the newest checkpoint in `run.dir`; `never`; or a checkpoint's path."""
     max_not_finite: int = 10
@@ -246,7 +235,20 @@ class RunOptions:
 
 
 @dataclass
+class CheckpointOptions:
+    save_every: int = 500
+    """Optimizer steps between checkpoints; 0 = only at the end."""
+    keep_last: int = 2
+    """Newest checkpoints kept; 0 = all."""
+    keep_best: str = ""
+    """Figure of the evaluation (`eval/loss`, `eval/exact_match`, ...) by which the best checkpoint is kept too; "" =
+    none. An evaluation after the first step that is better than all before it saves one."""
+
+
+@dataclass
 class EvalOptions:
+    every: int = 500
+    """Optimizer steps between evaluations; 0 = only before the first step and after the last."""
     before_training: bool = True
     """Evaluate before the first step too."""
     max_records: int = 0
@@ -261,6 +263,12 @@ class EvalOptions:
     batch_size: int = 32
     """Answers generated at a time, per rank, at most: their prompts, padded to the longest, keep to the limits of a
     pack too."""
+
+
+@dataclass
+class ExportOptions:
+    with_code: bool = False
+    """Put the model's code into export/, so that it loads with `trust_remote_code=True` where OmniTune is absent."""
 
 
 @dataclass
@@ -290,6 +298,8 @@ class Options:
     engine: EngineOptions = field(default_factory=EngineOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
+    export: ExportOptions = field(default_factory=ExportOptions)
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
     debug: DebugOptions = field(default_factory=DebugOptions)

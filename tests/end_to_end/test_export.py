@@ -40,7 +40,7 @@ def words(folder: Path, out: str) -> list[str]:
         *write_records(folder, train=16, held_out=2),
         f"run.dir={folder / out}",
         "run.max_steps=2",
-        "run.save_every=0",
+        "checkpoint.save_every=0",
         "data.max_tokens=256",
         "optim.warmup_ratio=0",
         "eval.generate=false",
@@ -77,7 +77,7 @@ def said(
     found: dict[str, dict[str, Any]] = {}
     for name, recipe in RECIPES.items():
         folder = folders[name]
-        run = build_here([*recipe, *words(folder.parent, "run"), "run.precision=fp32", "run.export_with_code=true"])
+        run = build_here([*recipe, *words(folder.parent, "run"), "run.precision=fp32", "export.with_code=true"])
         run.trainer.fit()
         trained = trained_model(run)
         run.export()

@@ -48,7 +48,7 @@ def test_the_folder_is_named_and_linked_and_a_finished_run_stays_as_it_is(
     (export / "export.json").unlink()
     build_here([*words, f"run.dir={folder}"]).export()
     assert (export / "export.json").is_file()
-    coded = build_here([*words, f"run.dir={folder}", "run.export_with_code=true"])
+    coded = build_here([*words, f"run.dir={folder}", "export.with_code=true"])
     assert (coded.export() / "modeling_megrezo.py").is_file()
 
 

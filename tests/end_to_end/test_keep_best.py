@@ -23,7 +23,7 @@ def words(folder: Path, out: str = "run") -> list[str]:
         *(f"model.random_from={folder / 'model'}", f"run.dir={folder / out}", "eval.generate=false"),
         *(f"run.max_steps={STEPS}", "run.epochs=9", "run.packs_per_step=1", "data.max_tokens=256", "run.threads=1"),
         *("optim.schedule=constant", "optim.warmup_ratio=0", "modules.lr.llm=3e-2", "run.precision=fp32"),
-        *("run.save_every=0", "run.eval_every=1", "run.keep_best=eval/loss"),
+        *("checkpoint.save_every=0", "eval.every=1", "checkpoint.keep_best=eval/loss"),
     ]
 
 
@@ -37,7 +37,7 @@ def evaluations(run: Path) -> dict[int, float]:
 
 
 def test_the_best_is_saved_though_no_save_was_due(tmp_path: Path) -> None:
-    build_here([*words(tmp_path), "run.keep_last=1"]).trainer.fit()
+    build_here([*words(tmp_path), "checkpoint.keep_last=1"]).trainer.fit()
     found = evaluations(tmp_path / "run")
     best = min(found, key=lambda step: found[step])
     assert 1 < best < STEPS
@@ -45,13 +45,13 @@ def test_the_best_is_saved_though_no_save_was_due(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_remembers_the_best(tmp_path: Path) -> None:
-    straight = [*words(tmp_path), "run.keep_last=0"]
+    straight = [*words(tmp_path), "checkpoint.keep_last=0"]
     build_here(straight).trainer.fit()
     found = evaluations(tmp_path / "run")
     improved = [step for step in found if all(found[step] < found[before] for before in range(1, step))]
     assert steps_kept(tmp_path / "run") == sorted({*improved, STEPS})
     first = tmp_path / f"run/checkpoints/step-{max(improved):06d}"
-    build_here([*words(tmp_path, "again"), "run.keep_last=0", f"run.resume={first}"]).trainer.fit()
+    build_here([*words(tmp_path, "again"), "checkpoint.keep_last=0", f"run.resume={first}"]).trainer.fit()
     assert steps_kept(tmp_path / "again") == [STEPS]
 
 
@@ -66,7 +66,7 @@ def test_a_resumed_run_remembers_the_best(tmp_path: Path) -> None:
 )
 def test_a_figure_that_is_not_evaluated_is_refused(wanted: str, more: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
-        build_here([*words(tmp_path), f"run.keep_best={wanted}", *more])
+        build_here([*words(tmp_path), f"checkpoint.keep_best={wanted}", *more])
 
 
 def test_the_figures_are_those_that_an_evaluation_gives(tmp_path: Path) -> None:

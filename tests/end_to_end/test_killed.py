@@ -26,7 +26,7 @@ def words(folder: Path, out: str, engine: str) -> list[str]:
         *write_records(folder, train=48),
         *(f"model.random_from={folder / 'model'}", f"run.dir={folder / out}", "data.eval=[]", "tracker=none"),
         *(f"run.max_steps={STEPS}", "run.epochs=9", "run.packs_per_step=3", "data.max_tokens=256", "data.workers=1"),
-        *("optim.warmup_ratio=0", "run.save_every=2", "run.threads=1", f"engine={engine}"),
+        *("optim.warmup_ratio=0", "checkpoint.save_every=2", "run.threads=1", f"engine={engine}"),
     ]
 
 
@@ -108,7 +108,7 @@ def test_twenty_kills(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("processes", "engine"), [(1, "none"), (2, "zero2")])
 def test_asked_to_stop_it_saves_and_says_so_by_its_exit_code(processes: int, engine: str, tmp_path: Path) -> None:
     succeed(words(tmp_path, "straight", engine), processes=processes)
-    command, run = [*words(tmp_path, "stopped", engine), "run.save_every=0"], tmp_path / "stopped"
+    command, run = [*words(tmp_path, "stopped", engine), "checkpoint.save_every=0"], tmp_path / "stopped"
     process = start(command, processes)
     wait_for(lambda: steps_done(run) >= 2, process)
     process.send_signal(signal.SIGTERM)
@@ -126,7 +126,7 @@ def test_asked_to_stop_it_saves_and_says_so_by_its_exit_code(processes: int, eng
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     command, run = words(tmp_path, "run", "none"), tmp_path / "run"
-    first = start([*command, "run.max_steps=100000", "run.epochs=10000", "run.save_every=0"], 1)
+    first = start([*command, "run.max_steps=100000", "run.epochs=10000", "checkpoint.save_every=0"], 1)
     wait_for(lambda: steps_done(run) >= 1, first)
     second = launch(command)
     assert first.poll() is None
@@ -142,7 +142,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(tmp_path: Pa
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", disk], check=True)
     try:
-        command = [*words(tmp_path, "disk/run", "none"), "run.keep_last=0"]
+        command = [*words(tmp_path, "disk/run", "none"), "checkpoint.keep_last=0"]
         done = launch(command)
         assert done.returncode == 1
         assert "cannot be written" in done.stderr
@@ -165,7 +165,7 @@ def test_a_disk_that_is_full_at_the_start_is_a_message(room: str, tmp_path: Path
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", disk], check=True)
     try:
-        done = launch([*words(tmp_path, "disk/run", "none"), "run.save_every=0"])
+        done = launch([*words(tmp_path, "disk/run", "none"), "checkpoint.save_every=0"])
         assert done.returncode == 1
         assert "No space left on device" in done.stderr
         assert "Traceback" not in done.stderr

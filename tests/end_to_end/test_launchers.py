@@ -156,7 +156,7 @@ def test_a_slurm_job_trains_on_all_its_machines(words: list[str], slurm: dict[st
 def test_a_slurm_job_that_has_to_go_saves_and_is_queued_again(
     words: list[str], slurm: dict[str, str], tmp_path: Path
 ) -> None:
-    longer = [*words, "run.max_steps=100000", "run.epochs=100000", "run.save_every=0"]
+    longer = [*words, "run.max_steps=100000", "run.epochs=100000", "checkpoint.save_every=0"]
     metrics = tmp_path / "run" / "metrics.jsonl"
     environment = clean_environment() | slurm
     with subprocess.Popen(["bash", "recipes/slurm.sbatch", *longer], cwd=ROOT, env=environment) as job:

@@ -99,7 +99,7 @@ def endless(folder: Path) -> list[str]:
         "engine=ddp",
         "debug.one_batch=true",
         "run.max_steps=100000",
-        "run.save_every=0",
+        "checkpoint.save_every=0",
         f"run.dir={folder / 'run'}",
     )
 

@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *data,
             f"run.dir={folder / 'run'}",
             "run.max_steps=4",
-            "run.save_every=2",
+            "checkpoint.save_every=2",
             "data.max_tokens=256",
         ]
     )
@@ -171,7 +171,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(run: Path, tmp_path: Path) -> None:
         "data.max_tokens=256",
         "run.max_steps=4",
         "tracker=none",
-        "run.save_every=2",
+        "checkpoint.save_every=2",
     ]
     checkpoint = run / "checkpoints" / "step-000002"
     succeed([*words, f"run.dir={tmp_path / 'again'}", f"run.resume={checkpoint}"])

@@ -23,7 +23,13 @@ def words(folder: Path, out: str = "run") -> list[str]:
         *write_records(folder, train=48),
         *(f"model.random_from={folder / 'model'}", f"run.dir={folder / out}", "data.eval=[]", "tracker=none"),
         *(f"run.max_steps={STEPS}", "run.epochs=9", "run.packs_per_step=3", "data.max_tokens=256", "data.workers=0"),
-        *("optim.eps=1e-6", "optim.warmup_ratio=0.3", "run.save_every=2", "run.keep_last=0", "run.threads=1"),
+        *(
+            "optim.eps=1e-6",
+            "optim.warmup_ratio=0.3",
+            "checkpoint.save_every=2",
+            "checkpoint.keep_last=0",
+            "run.threads=1",
+        ),
     ]
 
 

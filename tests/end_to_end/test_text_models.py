@@ -27,7 +27,13 @@ def words(model: str, tuning: str, engine: str, folder: Path) -> list[str]:
     """Three steps of two packs."""
     return [
         *(f"model={model}", "data=text", f"lora={tuning}", f"engine={engine}", f"run.dir={folder}"),
-        *("run.max_steps=3", "run.packs_per_step=2", "run.save_every=0", "data.max_tokens=128", "data.workers=0"),
+        *(
+            "run.max_steps=3",
+            "run.packs_per_step=2",
+            "checkpoint.save_every=0",
+            "data.max_tokens=128",
+            "data.workers=0",
+        ),
         *("optim.warmup_ratio=0", "optim.schedule=constant", "optim.eps=1e-6", "lora.dropout=0", "tracker=none"),
         *("eval.max_records=6", "eval.max_new_tokens=4", "eval.before_training=false"),
     ]

@@ -175,7 +175,7 @@ def test_the_offline_api_agrees_with_our_model(python: Path, model: Path, tmp_pa
 def test_exports_say_what_was_trained(
     words: list[str], conversations: Callable[[], list[list[dict[str, Any]]]], python: Path, tmp_path: Path
 ) -> None:
-    few = ["run.max_steps=3", "run.save_every=0", "data.eval=[]", f"run.dir={tmp_path / 'run'}"]
+    few = ["run.max_steps=3", "checkpoint.save_every=0", "data.eval=[]", f"run.dir={tmp_path / 'run'}"]
     run = build_here([*words, *few])
     run.trainer.fit()
     trained = trained_model(run)

@@ -39,7 +39,7 @@ def test_the_chat_loop_answers_from_the_texts(tmp_path: Path, capsys: pytest.Cap
     run = build_here(
         [
             *("model=tiny_instruct", f"data.train=[{{path: {records}}}]", "data.eval=[]", "data.max_tokens=1024"),
-            *("run.max_steps=40", "run.epochs=20", "run.save_every=0", "optim.schedule=constant"),
+            *("run.max_steps=40", "run.epochs=20", "checkpoint.save_every=0", "optim.schedule=constant"),
             *("optim.warmup_ratio=0", f"run.dir={tmp_path / 'run'}"),
         ]
     )

@@ -185,3 +185,20 @@ def test_every_field_is_read_somewhere(option: str) -> None:
         assert read_as_a_whole[parent] in text
     else:
         assert re.search(rf"\.{name}\b", text), f"nothing reads {option}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("run.save_every=5", "checkpoint.save_every"), ("run.eval_every=5", "eval.every")]
+)
+def test_an_option_that_was_renamed_is_refused_with_its_new_name(old: str, new: str) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  of Hydra or of OmegaConf
+        compose_options([old])
+    assert message_for_known_error(caught.value) == f"the option '{old.split('=')[0]}' is now {new}; write that"
+
+
+def test_a_runs_options_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("run: {keep_last: 7, eval_every: 3, export_with_code: true, seed: 4}\neval: {max_records: 2}\n")
+    options = read_options(file)
+    assert (options.checkpoint.keep_last, options.eval.every, options.export.with_code) == (7, 3, True)
+    assert (options.run.seed, options.eval.max_records) == (4, 2)

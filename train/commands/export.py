@@ -61,7 +61,7 @@ def _export(chosen: argparse.Namespace, out: Path | None) -> None:
     if not folder.config.is_file():
         raise CheckpointError(f"'{folder.path}' has no config.yaml, so '{checkpoint}' is not a checkpoint of a run")
     options = read_options(folder.config)
-    options.run.export_with_code |= chosen.with_code
+    options.export.with_code |= chosen.with_code
     base = Path(options.model.path) if options.model.path else folder.initial_model
     out = out or folder.export
     _check_free(out)

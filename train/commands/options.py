@@ -46,6 +46,15 @@ class _Composed(Options):
     data: _AnyData = field(default_factory=_AnyData)
 
 
+_RENAMED = {
+    "run.save_every": "checkpoint.save_every",
+    "run.keep_last": "checkpoint.keep_last",
+    "run.keep_best": "checkpoint.keep_best",
+    "run.eval_every": "eval.every",
+    "run.export_with_code": "export.with_code",
+}
+"""Options that had another name."""
+
 _NEAR = 0.6
 """How alike two names are, from 0 to 1, for the one to be meant by the other."""
 
@@ -101,12 +110,22 @@ def read_options(file: Path) -> Options:
             raise ValueError(f"it is larger than {_LARGEST} bytes")
         text = file.read_text(encoding="utf-8")
         _check_bounded(text)
-        config = OmegaConf.merge(OmegaConf.structured(Options), yaml.safe_load(text))
+        config = OmegaConf.merge(OmegaConf.structured(Options), _with_new_names(yaml.safe_load(text)))
         options = OmegaConf.to_object(config)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise OmniTuneError(f"'{file}' does not hold the options of a run: {error}") from None
     assert isinstance(options, Options)
     return options
+
+
+def _with_new_names(values: Any) -> DictConfig:
+    """A run's options, those of an earlier version under their names of today."""
+    config = OmegaConf.create(values)
+    for old, new in _RENAMED.items():
+        group, _, name = old.partition(".")
+        if name in config.get(group, {}):
+            OmegaConf.update(config, new, config[group].pop(name))
+    return config
 
 
 def _check_bounded(text: str) -> None:
@@ -159,6 +178,8 @@ def _unknown(values: Mapping[Any, Any], kind: Any, prefix: str = "") -> Iterator
 
 def _no_such_option(name: str, kind: Any = Options) -> str:
     """A message that names the nearest option, by the whole name or its last part."""
+    if name in _RENAMED:
+        return f"the option '{name}' is now {_RENAMED[name]}; write that"
     what = " of a source" if kind is SourceOptions else ""
     kind = kind if what else Options
 

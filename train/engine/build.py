@@ -128,7 +128,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         wrapped, optimizer = accelerator.prepare(model, optimizer)
 
     checkpoints = Checkpoints(
-        folder.checkpoints, accelerator, keep_last=options.run.keep_last, keep_best=options.run.keep_best
+        folder.checkpoints, accelerator, keep_last=options.checkpoint.keep_last, keep_best=options.checkpoint.keep_best
     )
     found = checkpoints.find(options.run.resume)
     trainer = Trainer(
@@ -152,8 +152,8 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         source_names=[spec.name for spec in train_set.specs],
         intervals=Intervals(
             total_steps=total_steps,
-            eval_every=options.run.eval_every,
-            save_every=options.run.save_every,
+            eval_every=options.eval.every,
+            save_every=options.checkpoint.save_every,
             evaluate_first=options.eval.before_training,
             max_not_finite=options.run.max_not_finite,
             one_batch=options.debug.one_batch,
@@ -190,21 +190,19 @@ def _check_family(options: Options, family: Family) -> None:
         for name in options.lora.modules
         if name not in family.modules
     ]
-    if options.run.export_with_code and not family.auto_classes:
-        faults.append(
-            f"run.export_with_code: transformers has a {family.name} model's code itself; leave the option out"
-        )
+    if options.export.with_code and not family.auto_classes:
+        faults.append(f"export.with_code: transformers has a {family.name} model's code itself; leave the option out")
     if faults:
         raise ConfigError(faults)
 
 
 def _check_keep_best(options: Options, evaluator: Evaluator | None) -> None:
-    wanted = options.run.keep_best
+    wanted = options.checkpoint.keep_best
     figures = evaluator.figures() if evaluator else []
     if wanted and wanted not in figures:
         near = "".join(f" (did you mean {figure}?)" for figure in get_close_matches(wanted, figures, n=1))
         given = ", ".join(figures)
-        raise ConfigError([f"run.keep_best: the evaluation gives no figure '{wanted}'{near}; it gives {given}"])
+        raise ConfigError([f"checkpoint.keep_best: the evaluation gives no figure '{wanted}'{near}; it gives {given}"])
 
 
 def _make_folder(options: Options, accelerator: Accelerator) -> RunFolder:

@@ -147,7 +147,7 @@ class Trainer:
         return not stopped
 
     def _is_best(self) -> bool:
-        """Whether the evaluation just made is the best of those after the first step, by `run.keep_best`."""
+        """Whether the evaluation just made is the best of those after the first step, by `checkpoint.keep_best`."""
         figure = self.checkpoints.keep_best
         value = self._evaluation.get(figure)
         if not is_better(figure, value, than=self._best):

@@ -28,7 +28,7 @@ def export_checkpoint(options: Options, base: Path, checkpoint: Path, folder: Pa
         batch=records.few(),
         lora=lora_settings(options, find(base)) if adapted else None,
         fully_tuned=tuple(name for name in tuned_modules(options) if name not in adapted),
-        with_code=options.run.export_with_code,
+        with_code=options.export.with_code,
     )
 
 
@@ -41,7 +41,7 @@ def is_export_of(checkpoint: Path, folder: Path, options: Options) -> bool:
         made_of = said["step"], said["with_code"]
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or none of ours
         return False
-    return is_newer and made_of == (read_state(checkpoint)["step"], options.run.export_with_code)
+    return is_newer and made_of == (read_state(checkpoint)["step"], options.export.with_code)
 
 
 def lora_settings(options: Options, family: Family) -> LoraSettings:

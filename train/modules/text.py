@@ -53,7 +53,7 @@ class PackedText(PackedModel):
         """The loss of a pack; without one, the plain model's forward."""
         if batch is not None:
             return self.packed_loss(batch)
-        return super().forward(  # type: ignore[misc]
+        return super(PackedModel, self).forward(  # type: ignore[misc]  # that of the transformers model
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,

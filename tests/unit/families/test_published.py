@@ -216,7 +216,7 @@ def test_places_of_a_clip_of_30_seconds(avg_pool: bool | int, places: int, tmp_p
     folder = add_tokenizer(changed(OMNI, tmp_path, audio_config__avg_pool=avg_pool))
     processor = find(folder).load_processor(folder)
     sample = processor.encode(talk(("user", [("audio", wav(30.0)), ("text", "?")]), ("assistant", "a")))
-    assert len(sample.audio_places) == places
+    assert len(sample.media["audio"].places) == places
     assert (sample.input_ids == 120_001).sum() == places
     assert skeleton(folder).audio.audio.places(sample.clip_frames).tolist() == [places]
 

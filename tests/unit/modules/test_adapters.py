@@ -7,7 +7,6 @@ from torch import nn
 from tests.builders import make_batch, mixed_samples, tiny_megrezo
 from train.engine.state import size_of
 from train.families.megrezo import MEGREZO
-from train.families.megrezo.flops import megrezo_flops
 from train.modules.adapters import LoraSettings, add_adapters, quantize_linear_layers
 from train.modules.trainable import choose_trainable, is_adapter, module_of, parameter_groups
 
@@ -75,7 +74,6 @@ def test_4bit_takes_the_linear_layers_of_the_llm_but_the_head() -> None:
     query = weights["llm.model.layers.0.self_attn.q_proj.weight"]
     assert query.numel() == 64 * 64 // 2
     assert size_of(query) == 64 * 64
-    assert megrezo_flops(model, ["llm"]) == megrezo_flops(plain, ["llm"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
