@@ -62,13 +62,13 @@ def use_one_core() -> None:
     torch.set_num_threads(1)
 
 
-def setting(device: str = "cpu") -> dict[str, str]:
-    """What the figures belong to."""
+def setting(device: str = "cpu", cores: int | None = 1) -> dict[str, str]:
+    """What the figures belong to; cores: None = all of them."""
     cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     where = torch.cuda.get_device_name() if device == "cuda" else (cpu[1] if cpu else platform.machine())
     return {
         "device": where,
-        "cores": f"1 of {os.cpu_count()}",
+        "cores": f"{cores or os.cpu_count()} of {os.cpu_count()}",
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
@@ -89,9 +89,9 @@ def _shown(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}"
 
 
-def finish(figures: Mapping[str, Any], path: Path | None, device: str = "cpu") -> None:
+def finish(figures: Mapping[str, Any], path: Path | None, device: str = "cpu", cores: int | None = 1) -> None:
     """Print the setting, and write everything as JSON if asked to."""
-    where = setting(device)
+    where = setting(device, cores)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     if path:
         path.write_text(json.dumps({"setting": where, **figures}, indent=2) + "\n", encoding="utf-8")

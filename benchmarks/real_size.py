@@ -348,7 +348,7 @@ def main() -> None:
         if arguments.vllm:
             ask_vllm(table, arguments.vllm, run / "export", records, log)
     print_table(table.rows)
-    finish({"parameters": parameters, "stages": table.rows}, arguments.json)
+    finish({"parameters": parameters, "stages": table.rows}, arguments.json, cores=None)
 
 
 if __name__ == "__main__":
