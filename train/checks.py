@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
-from train.config import METRICS, MODULES, Engine, LoraOptions, Options
+from train.config import FILE_FORMATS, METRICS, MODULES, Engine, LoraOptions, Options
 from train.errors import ConfigError
 
 
@@ -146,7 +146,7 @@ def _source_faults(options: Options, group: str) -> list[str]:
         if source.root is not None and not Path(source.root).is_dir():
             faults.append(f"{where}.root: there is no folder '{source.root}'")
         faults += _range_fault(f"{where}.weight", source.weight, (1e-6, 1000))
-        if source.format not in ("auto", "jsonl", "json", "parquet"):
+        if source.format not in FILE_FORMATS:
             faults.append(f"{where}.format is '{source.format}'; use auto, jsonl, json or parquet")
     return faults
 

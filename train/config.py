@@ -13,6 +13,10 @@ METRICS = {"exact_match": True, "vqa_accuracy": True, "anls": True, "f1": True, 
 """What answers can be measured by (inference/metrics.py says how), and whether more of it is better."""
 
 
+FILE_FORMATS = ("auto", "jsonl", "json", "parquet")
+"""Kinds of files of records."""
+
+
 class TooLong(StrEnum):
     quarantine = "quarantine"
     cut_text = "cut_text"

@@ -4,16 +4,20 @@ import dataclasses
 import errno
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from hydra.errors import HydraException
 from safetensors import SafetensorError
 
+from train import config, schema
 from train.checks import check
 from train.commands.options import RECIPES, compose_options, message_for_known_error, read_options
 from train.config import Options
+from train.data import readers
 from train.errors import ConfigError, OmniTuneError
+from train.families.megrezo.processor import LongAudio
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE_NAMES = sorted(file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.glob("**/*.yaml"))
@@ -202,3 +206,10 @@ def test_a_runs_options_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     options = read_options(file)
     assert (options.checkpoint.keep_last, options.eval.every, options.export.with_code) == (7, 3, True)
     assert (options.run.seed, options.eval.max_records) == (4, 2)
+
+
+def test_choices_named_in_two_rooms_are_the_same() -> None:
+    """config.py may import no data code, and data code no options: their choices are held together here."""
+    assert [choice.value for choice in config.TooLong] == list(get_args(schema.TooLong))
+    assert [choice.value for choice in config.LongAudio] == list(get_args(LongAudio))
+    assert set(config.FILE_FORMATS) == {"auto", *readers._FORMATS}
