@@ -11,7 +11,7 @@ from base64 import b64encode
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -165,8 +165,20 @@ def as_line(value: Any, plain: bool) -> bytes:
 
 
 BYTES = st.binary(max_size=40).map(lambda data: data.replace(b"\n", b""))
+
+
+class Wide(NamedTuple):
+    """A list of very many equal values, written out only when it is used: hypothesis keeps what it has drawn."""
+
+    unit: bytes
+    count: int
+
+    def line(self) -> bytes:
+        return b"[" + b",".join([self.unit] * self.count) + b"]"
+
+
 WIDE = st.builds(
-    lambda unit, count: b"[" + b",".join([unit] * count) + b"]",
+    Wide,
     st.sampled_from([b"[]", b"{}", b'{"a":1}', b'""', b"1.5", b"[[[]]]"]),
     st.sampled_from([10, 1000, 10**5, 3 * 10**6]),
 )
@@ -183,8 +195,9 @@ def folder() -> Any:
 
 
 @given(lines=st.lists(LINES, min_size=1, max_size=6), end=st.sampled_from([b"\n", b"\r\n"]), cut=CUTS)
-def test_any_lines(folder: Path, lines: list[bytes], end: bytes, cut: float | None) -> None:
-    content = b'{"messages": []}' + end + end.join(lines)
+def test_any_lines(folder: Path, lines: list[bytes | Wide], end: bytes, cut: float | None) -> None:
+    written = [line.line() if isinstance(line, Wide) else line for line in lines]
+    content = b'{"messages": []}' + end + end.join(written)
     content = content if cut is None else content[: max(int(cut * len(content)), 20)]
     file = folder / "records.jsonl"
     file.write_bytes(content)
