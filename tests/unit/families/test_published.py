@@ -218,7 +218,7 @@ def test_places_of_a_clip_of_30_seconds(avg_pool: bool | int, places: int, tmp_p
     sample = processor.encode(talk(("user", [("audio", wav(30.0)), ("text", "?")]), ("assistant", "a")))
     assert len(sample.media["audio"].places) == places
     assert (sample.input_ids == 120_001).sum() == places
-    assert skeleton(folder).audio.audio.places(sample.clip_frames).tolist() == [places]
+    assert skeleton(folder).audio.audio.places(sample.media["audio"].sizes).tolist() == [places]
 
 
 @pytest.mark.parametrize(
