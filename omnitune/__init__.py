@@ -29,6 +29,8 @@ _PLACES = {
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for."""
+    if name == "__version__":
+        return import_module("train.commands.main").version()
     if name not in _PLACES:
         raise AttributeError(f"module 'omnitune' has no attribute '{name}'; it has {', '.join(__all__)}")
     return getattr(import_module(_PLACES[name]), name)

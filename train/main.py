@@ -45,7 +45,7 @@ def main(config: DictConfig) -> None:
             said = f"exported to {folder}"
         else:
             step = run.trainer.position.step
-            said = f"stopped after step {step}; the same command goes on with run.dir={run.folder.path}"
+            said = f"stopped after step {step}; to resume, run the same command with run.dir={run.folder.path}"
         print(said, file=sys.stderr)
     close(run.accelerator)
     if not is_done:

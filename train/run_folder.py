@@ -78,7 +78,9 @@ def model_in(path: Path) -> Path:
     Raises CheckpointError for a run without an export.
     """
     run = RunFolder(path)
-    if (path / "config.json").exists() or not (run.config.is_file() or run.checkpoints.is_dir()):
+    if (path / "config.json").exists() or not any(
+        file.exists() for file in (run.config, run.checkpoints, run.quarantine)
+    ):
         return path
     if not (run.export / "config.json").is_file():
         raise CheckpointError(

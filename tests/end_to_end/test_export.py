@@ -153,7 +153,7 @@ def test_the_command_checks_by_other_records_where_the_runs_are_gone(
     assert (report["mode"], report["step"], report["records"], report["ok"]) == ("lora, merged", 2, 2, True)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {path.name for path in (run / "export").iterdir()}
-    with pytest.raises(SystemExit, match="is not empty"):
+    with pytest.raises(SystemExit, match="is there already"):
         omnitune([*words, "--data", str(held_out), "--root", str(SAMPLE)])
 
 

@@ -114,7 +114,7 @@ def test_asked_to_stop_it_saves_and_says_so_by_its_exit_code(processes: int, eng
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == STOPPED, said[-3000:]
-    assert "the same command goes on" in said
+    assert "to resume, run the same command with run.dir=" in said
     assert "Traceback" not in said
     [checkpoint] = (run / "checkpoints").iterdir()
     assert int(checkpoint.name.removeprefix("step-")) == steps_done(run) < STEPS

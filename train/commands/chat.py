@@ -13,8 +13,8 @@ from train.run_folder import model_in
 
 _HELP = """\
 A line is a question; it goes with the files attached before it, and an empty line asks about them alone.
-  /image PATH  attach a picture       /reset  begin a new conversation
-  /audio PATH  attach a recording     /quit   leave (Ctrl-D too); Ctrl-C stops an answer"""
+  /image PATH  attach an image       /reset  begin a new conversation
+  /audio PATH  attach an audio clip     /quit   leave (Ctrl-D too); Ctrl-C stops an answer"""
 
 
 _Answer = Callable[[list[dict[str, Any]]], Iterator[str]]
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="the question; may be left out where a recording asks it. Without any, a conversation begins",
     )
-    parser.add_argument("--image", action="append", default=[], help="picture file; may be given several times")
+    parser.add_argument("--image", action="append", default=[], help="image file; may be given several times")
     parser.add_argument("--audio", action="append", default=[], help="audio file; may be given several times")
     parser.add_argument("--system", help="system turn in place of the model's own")
     parser.add_argument("--search", type=Path, help="folder of texts (.txt, .md) that the model may search")
@@ -91,6 +91,8 @@ def _print(pieces: Iterator[str]) -> str:
             print(piece, end="", flush=True)
             said += piece
     print()
+    if not said.strip():
+        print("(the model gave no text: it ended its answer at once)", file=sys.stderr)
     return said
 
 

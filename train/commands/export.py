@@ -36,7 +36,7 @@ def run(chosen: argparse.Namespace) -> None:
     if chosen.out:
         _check_free(chosen.out)
     if not chosen.form:
-        _export(chosen, chosen.out)
+        print("exported {} to {}".format(*_export(chosen, chosen.out)))
         return
     if not chosen.out:
         raise CheckpointError("--as needs --out, the folder to write to")
@@ -50,7 +50,8 @@ def run(chosen: argparse.Namespace) -> None:
     print(f"converted to {chosen.out}")
 
 
-def _export(chosen: argparse.Namespace, out: Path | None) -> None:
+def _export(chosen: argparse.Namespace, out: Path | None) -> tuple[Path, Path]:
+    """Write a model folder; returns the checkpoint that it was made of, and the folder."""
     from train.commands.options import read_options
     from train.export.checkpoint_reader import newest_whole
     from train.export.from_checkpoint import export_checkpoint
@@ -66,14 +67,14 @@ def _export(chosen: argparse.Namespace, out: Path | None) -> None:
     out = out or folder.export
     _check_free(out)
     export_checkpoint(options, base, checkpoint, out, _records(options, base, chosen.data, chosen.root))
-    print(f"exported {checkpoint} to {out}")
+    return checkpoint, out
 
 
 def _check_free(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"'{out}' is no folder; name another with --out")
     if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"'{out}' is not empty; name another folder with --out")
+        raise CheckpointError(f"'{out}' is there already; name another folder with --out, or delete it")
 
 
 def _records(options: "Options", base: Path, data: Path | None, root: Path | None) -> "RecordSet":

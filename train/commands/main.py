@@ -36,6 +36,9 @@ def main(words: list[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"omnitune {version()}")
     parser.add_argument("command", choices=COMMANDS)
+    if not words:
+        parser.print_help()
+        return
     name = parser.parse_args(words[:1]).command
 
     parser = argparse.ArgumentParser(prog=f"omnitune {name}", description=summaries[name])

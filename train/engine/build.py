@@ -170,6 +170,8 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         for records in filter(None, (train_set, eval_set)):
             records.leave_out(quarantine.notes)
     if accelerator.is_main_process:
+        if folder.path.parent.absolute() == Path("outputs", options.run.name).absolute():
+            folder.link_latest()  # only now: a run that is refused leaves the one before
         folder.config.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         write_environment(folder.environment, accelerator)
         trainer.observers = _observers(options, resolved, folder, trainer)
@@ -221,8 +223,6 @@ def _make_folder(options: Options, accelerator: Accelerator) -> RunFolder:
     run = RunFolder(folder)
     if accelerator.is_main_process:
         log.info("the run's folder is '%s'", folder)
-        if folder.parent.absolute() == Path("outputs", options.run.name).absolute():
-            run.link_latest()
     return run
 
 
@@ -313,7 +313,7 @@ def _describe(options: Options, accelerator: Accelerator, model: nn.Module, plan
     packs = plan.epoch(0)
     fill = sum(plan.measured.lengths[pack, 0].sum() for pack in packs) / (len(packs) * plan.limits.tokens)
     log.info(
-        "%s of %s parameters learn (%s); %d packs an epoch, %.1f %% full; %d steps; engine %s, %d rank(s) on %s",
+        "%s of %s parameters are trained (%s); %d packs an epoch, %.1f %% full; %d steps; engine %s, %d rank(s) on %s",
         f"{learning:,}",
         f"{total:,}",
         ", ".join(tuned_modules(options)),

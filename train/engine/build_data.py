@@ -19,6 +19,9 @@ from train.sources import open_records
 
 log = logging.getLogger(__name__)
 
+_SAMPLE = Path("data/sample")
+"""Where the data of `data=sample` lie."""
+
 
 def read_data(
     options: Options, base: Path, processor: Processor, folder: RunFolder, accelerator: Accelerator
@@ -26,6 +29,10 @@ def read_data(
     """The records of training and the held-out ones, if any, with their lengths; and what cannot be used of them."""
     train_set = open_records(options, options.data.train, processor)
     eval_set = open_records(options, options.data.eval, processor) if options.data.eval else None
+    data = options.data
+    shipped = [all(Path(source.path).parent == _SAMPLE for source in part) for part in (data.train, data.eval)]
+    if data.eval and shipped == [False, True] and accelerator.is_main_process:
+        log.warning("data.eval is the shipped sample, and data.train is not; name held-out files, or set data.eval=[]")
     held_out = len(eval_set) if eval_set else 0
     quarantine = Quarantine(
         folder.quarantine if accelerator.is_main_process else None,

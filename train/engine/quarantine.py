@@ -71,9 +71,12 @@ class Quarantine:
         if len(self._notes) > self.limit:
             last = f"; the last one: {new[-1].reason}" if new else ""
             raise TooMuchBadData(
-                f"{self.summary()}, more than data.max_bad_fraction allows; quarantine.jsonl lists them{last}"
+                f"{self.summary()}, more than data.max_bad_fraction allows; {self._where()} lists them{last}"
             )
         return len(new)
+
+    def _where(self) -> str:
+        return f"'{self.file}'" if self.file else "quarantine.jsonl"
 
     def summary(self) -> str:
         """How many records cannot be used, and how many of them are held out."""

@@ -33,4 +33,8 @@ class StopRequest:
                 os._exit(128 + number)
             return
         self.requested, self._since = True, time.monotonic()
-        log.warning("%s: saving after what is at hand; once more ends at once", signal.Signals(number).name)
+        log.warning(
+            "%s: the run saves after this step, or this batch of an evaluation, and stops; "
+            "a second signal ends it at once",
+            signal.Signals(number).name,
+        )

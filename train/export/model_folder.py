@@ -86,8 +86,8 @@ def export(
         )
     _replace(folder, aside)
     log.info(
-        "every tensor of the export is what was trained; stored as %s, its logits differ from the trained model's by "
-        "%.2g at most",
+        "every tensor of the export is what was trained; stored as %s, its logits differ by %.2g at "
+        "most from those of the base with the trained values",
         report["dtype"],
         report["difference"]["logits"],
     )
