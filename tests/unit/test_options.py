@@ -213,3 +213,18 @@ def test_choices_named_in_two_rooms_are_the_same() -> None:
     assert [choice.value for choice in config.TooLong] == list(get_args(schema.TooLong))
     assert [choice.value for choice in config.LongAudio] == list(get_args(LongAudio))
     assert set(config.FILE_FORMATS) == {"auto", *readers._FORMATS}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("recipe=full", "Could not override 'recipe'; write +recipe=full"),
+        ("+recipe=ful", "\twebsearch"),
+    ],
+)
+def test_a_recipe_written_wrong_is_told_without_jargon(words: str, said: str) -> None:
+    with pytest.raises(HydraException) as caught:
+        compose_options([words])
+    told = message_for_known_error(caught.value)
+    assert told
+    assert told.endswith(said)

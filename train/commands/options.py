@@ -1,5 +1,6 @@
 """Hydra: the schema, the recipes, and the way from command-line words to typed options."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import SequenceMatcher
@@ -149,8 +150,14 @@ def message_for_known_error(error: Exception) -> str | None:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.object_type is not None:
         return _no_such_option(str(cause.full_key), cause.object_type)
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return "\n".join(str(part) for part in (error, error.__cause__) if part)
+        return "\n".join(_without_jargon(str(part)) for part in (error, error.__cause__) if part)
     return None
+
+
+def _without_jargon(said: str) -> str:
+    """Hydra's message without what only its developers need."""
+    said = said.partition("\nConfig search path:")[0]
+    return re.sub(r"\. No match in the defaults list\.\nTo append to your default list use (\S+)", r"; write \1", said)
 
 
 def _not_an_override(error: OverrideParseException) -> str:
