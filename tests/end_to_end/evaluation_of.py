@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
     if accelerator.is_main_process:
         said = {"measured": measured.lengths.tolist(), "types": measured.types, "unmeasured": [n.line for n in bad]}
         (folder / f"found-{world_size()}.json").write_text(json.dumps(said | {"evaluations": found}))
-    close(accelerator, model)
+    close(accelerator)
 
 
 if __name__ == "__main__":

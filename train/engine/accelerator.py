@@ -118,6 +118,13 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def set_convolutions(precision: Precision) -> None:
+    """Let CUDA's convolutions compute in float32 where that is asked for: by default they take TF32, with half the
+    digits. Matrix products do so only when told to.
+    """
+    torch.backends.cudnn.allow_tf32 = precision is not Precision.fp32
+
+
 def make_accelerator(options: Options) -> Accelerator:
     """The Accelerator of the chosen engine, with threads and seeds set (equal on every rank)."""
     on_cuda = torch.cuda.is_available()
@@ -145,8 +152,8 @@ def make_accelerator(options: Options) -> Accelerator:
             deepspeed_plugin=plugin,
             kwargs_handlers=handlers,
         )
-    # Convolutions in float32 would run in TF32 unless told otherwise: half the digits.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = options.run.precision is Precision.bf16
+    if on_cuda:
+        set_convolutions(options.run.precision)
     if options.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

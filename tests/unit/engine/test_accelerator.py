@@ -5,9 +5,8 @@ import logging
 import pytest
 import torch
 
-from tests.runs import forget_accelerator
 from train.config import Engine, Options, Precision
-from train.engine.accelerator import deepspeed_config, make_accelerator
+from train.engine.accelerator import deepspeed_config, make_accelerator, set_convolutions
 from train.errors import ConfigError
 
 
@@ -57,9 +56,7 @@ def test_gpus_that_nobody_uses_are_pointed_out(
 
 @pytest.mark.parametrize(("precision", "allowed"), [(Precision.fp32, False), (Precision.bf16, True)])
 def test_float32_means_float32_in_convolutions_too(precision: Precision, allowed: bool) -> None:
-    forget_accelerator()
-    options = Options()
-    options.engine.name, options.run.precision = Engine.none, precision
-    make_accelerator(options)
-    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
-    forget_accelerator()
+    set_convolutions(precision)
+    assert torch.backends.cudnn.allow_tf32 is allowed
+    assert torch.get_float32_matmul_precision() == "highest"  # which raises where torch's two ways of asking are mixed
+    set_convolutions(Precision.bf16)  # torch's own default
