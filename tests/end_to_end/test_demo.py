@@ -69,10 +69,21 @@ class Page:
     def ask(self, text: str, *files: Path) -> None:
         playwright.expect(self.page.get_by_test_id("submit-button")).to_be_visible()
         if files:
-            self.page.get_by_test_id("file-upload").first.set_input_files(files)
-            playwright.expect(self.page.locator(".thumbnails .thumbnail-item")).to_have_count(len(files))
+            self._attach(files)
         self.box.fill(text)
         self.box.press("Enter")
+
+    def _attach(self, files: tuple[Path, ...]) -> None:
+        """Upload files; once more where the box, which is cleared after each answer, was cleared of them too."""
+        shown = playwright.expect(self.page.locator(".thumbnails .thumbnail-item"))
+        for attempts_left in (2, 1, 0):
+            self.page.get_by_test_id("file-upload").first.set_input_files(files)
+            try:
+                shown.to_have_count(len(files), timeout=30_000)
+                return
+            except AssertionError:
+                if not attempts_left:
+                    raise
 
     def answered(self, count: int) -> str:
         """The newest of `count` answers, when it is complete."""
