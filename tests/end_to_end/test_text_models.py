@@ -34,8 +34,9 @@ def words(model: str, tuning: str, engine: str, folder: Path) -> list[str]:
             "data.max_tokens=128",
             "data.workers=0",
         ),
-        *("optim.warmup_ratio=0", "optim.schedule=constant", "optim.eps=1e-6", "lora.dropout=0", "tracker=none"),
+        *("optim.warmup_ratio=0", "optim.schedule=constant", "optim.eps=1e-6", "tracker=none"),
         *("eval.max_records=6", "eval.max_new_tokens=4", "eval.before_training=false"),
+        *(["lora.dropout=0"] if tuning != "none" else []),
     ]
 
 
