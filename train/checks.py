@@ -97,6 +97,13 @@ def check(options: Options, world_size: int = 1, environment: Mapping[str, str] 
         raise ConfigError(faults)
 
 
+def check_reading(options: Options) -> None:
+    """Raise ConfigError with every fault in the options that reading the records reads; no weights are asked for."""
+    faults = [*_model_faults(options, weights=False), *_data_faults(options), *_number_faults(options)]
+    if faults:
+        raise ConfigError(faults)
+
+
 def check_evaluation(options: Options) -> None:
     """Raise ConfigError with every fault in the options that evaluating a model folder reads."""
     faults = [*_source_faults(options, "eval"), *_number_faults(options), *_metric_faults(options)]
@@ -106,7 +113,7 @@ def check_evaluation(options: Options) -> None:
         raise ConfigError(faults)
 
 
-def _model_faults(options: Options) -> list[str]:
+def _model_faults(options: Options, *, weights: bool = True) -> list[str]:
     name, path = model_folder(options)
     if not path:
         return ["model.path is not set: name the folder of the model, model.path=/path/to/model"]
@@ -115,7 +122,7 @@ def _model_faults(options: Options) -> list[str]:
         return [f"{name}: there is no folder '{path}'"]
     if not (folder / "config.json").is_file():
         return [f"{name}: '{path}' has no config.json, so it is not a model folder"]
-    if options.model.path and not any(folder.glob("*.safetensors")):
+    if weights and options.model.path and not any(folder.glob("*.safetensors")):
         return [
             f"model.path: '{path}' has no weights (*.safetensors); "
             f"download them, or start from nothing with model.path=null model.random_from={path}"

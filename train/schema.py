@@ -79,6 +79,42 @@ class Lengths:
         return (self.tokens, *(self.units.get(kind, 0) for kind in KINDS))
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of an image that its tower reads on its own."""
+
+    box: tuple[float, float, float, float]
+    """left, top, right, bottom, as shares of the image's width and height"""
+    pixels: tuple[int, int]
+    """width and height to which the part is resized"""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An image or audio clip among the tokens of a record: it fills those from `begin` to before `end`."""
+
+    kind: Kind
+    source: MediaSource
+    begin: int
+    end: int
+    places: tuple[int, ...]
+    """token indices that the tower's output replaces"""
+    slices: tuple[Slice, ...] = ()
+    """of an image, equally many places each, in order; empty where its processor does not tell them"""
+    seconds: float | None = None
+    """of a clip, what the model hears of it; None where its processor does not tell"""
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A record laid out as tokens, from headers alone: what `Processor.encode` gives, before media are decoded."""
+
+    input_ids: Sequence[int]
+    weights: Sequence[float]
+    """of each token, 0 where it is not learned"""
+    media: Sequence[Placed]
+
+
 @dataclass(slots=True)
 class Media:
     """The media of one kind in a sample or a batch, item after item without padding, and where they belong."""
@@ -181,6 +217,10 @@ class Processor(Protocol):
 
     def measure(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Lengths:
         """The lengths that `encode` will give, from headers alone; BadRecord where it would fail for its length."""
+        ...
+
+    def outline(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Outline:
+        """The tokens and the places of media that `encode` will give, from headers alone; BadRecord as in `measure`."""
         ...
 
     def encode(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Sample:

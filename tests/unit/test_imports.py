@@ -43,6 +43,7 @@ OURS = {
     }
     | {"train.data", "train.modules"},
 }
+OURS["train.preflight"] = OURS["train.engine"] | {"train.preflight"}
 ONLY_IN = {
     "accelerate": ("train.engine",),
     "deepspeed": ("train.engine",),

@@ -62,7 +62,7 @@ def run(chosen: argparse.Namespace) -> None:
 
 def _options(chosen: argparse.Namespace) -> "Options":
     """What the words say: those with "=" are options, the others files of records."""
-    from train.commands.options import compose_options, message_for_known_error
+    from train.commands.options import options_of
     from train.config import METRICS, SourceOptions
 
     overrides = [word for word in chosen.data if "=" in word and not Path(word).is_file()]
@@ -76,13 +76,7 @@ def _options(chosen: argparse.Namespace) -> "Options":
     ]
     if chosen.max_new_tokens is not None:
         defaults.append(f"eval.max_new_tokens={chosen.max_new_tokens}")
-    try:
-        options, _ = compose_options([*group, *defaults, *overrides])
-    except Exception as error:
-        fault = message_for_known_error(error)
-        if fault is None:
-            raise
-        raise OmniTuneError(fault) from None
+    options, _ = options_of([*group, *defaults, *overrides])
     files = [word for word in chosen.data if word not in overrides]
     if files:
         root = str(chosen.root) if chosen.root else None

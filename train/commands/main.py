@@ -7,12 +7,18 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from train.commands import chat, demo, evaluate, export
+from train.commands import chat, demo, evaluate, export, preview
 from train.errors import message_for_user
 from train.families.family import quieten_transformers
 from train.launcher.failure import report_failure
 
-COMMANDS: dict[str, ModuleType] = {"chat": chat, "demo": demo, "evaluate": evaluate, "export": export}
+COMMANDS: dict[str, ModuleType] = {
+    "chat": chat,
+    "demo": demo,
+    "evaluate": evaluate,
+    "export": export,
+    "preview": preview,
+}
 
 
 def version() -> str:

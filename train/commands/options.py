@@ -104,6 +104,17 @@ def compose_options(overrides: list[str]) -> tuple[Options, dict[str, Any]]:
         return typed(compose("config", overrides=overrides), overrides)
 
 
+def options_of(words: list[str]) -> tuple[Options, dict[str, Any]]:
+    """`compose_options`, with an OmniTuneError for whatever is wrong with the words."""
+    try:
+        return compose_options(words)
+    except Exception as error:
+        fault = message_for_known_error(error)
+        if fault is None:
+            raise
+        raise OmniTuneError(fault) from None
+
+
 def read_options(file: Path) -> Options:
     """The options of a run, from its config.yaml. Raises OmniTuneError where that is not what a run wrote."""
     try:

@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from io import FileIO
 from math import ceil
 from typing import Any
@@ -63,10 +64,26 @@ def clip_samples(seconds: float) -> int:
 def clip_length(source: MediaSource) -> int:
     """Samples at 16 kHz of a recording, from its header; BadRecord if it cannot be read."""
     with _reading(source) as file, header_of(file) as header:
-        seconds = _stated_seconds(header)
+        seconds = _header(header).seconds
         if seconds is None or not 0 <= seconds < MAX_SECONDS:
             raise BadRecord("its header states no length; convert it to WAV, or to FLAC in a file")
         return clip_samples(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipHeader:
+    """What a recording's header says."""
+
+    seconds: float | None
+    rate: int
+    """samples a second"""
+    channels: int
+
+
+def clip_header(source: MediaSource) -> ClipHeader:
+    """What a recording's header says; BadRecord if it cannot be read."""
+    with _reading(source) as file, header_of(file) as header:
+        return _header(header)
 
 
 def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray:
@@ -125,15 +142,16 @@ def log_mel(clip: np.ndarray, feature_extractor: WhisperFeatureExtractor, frames
     return torch.from_numpy(features["input_features"][0, :, :frames].T.copy())
 
 
-def _stated_seconds(header: Any) -> float | None:
+def _header(header: Any) -> ClipHeader:
     try:
         with _opened_by_sndfile(header) as sound:
-            return sound.frames / sound.samplerate
+            return ClipHeader(sound.frames / sound.samplerate, sound.samplerate, sound.channels)
     except soundfile.LibsndfileError:
         with _opened_by_av(header) as (container, stream):
+            seconds = None if container.duration is None else container.duration / 1e6
             if stream.duration is not None:
-                return float(stream.duration * stream.time_base)
-            return None if container.duration is None else container.duration / 1e6
+                seconds = float(stream.duration * stream.time_base)
+            return ClipHeader(seconds, stream.rate, stream.codec_context.channels)
 
 
 def _by_soxr(clip: np.ndarray, rate: int) -> np.ndarray:

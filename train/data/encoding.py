@@ -14,7 +14,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from train.data.chat_template import ChatTemplate, Segment, TextEncoder
 from train.data.prompting import PromptMixin
 from train.errors import BadRecord, CheckpointError
-from train.schema import IGNORE_INDEX, KINDS, Kind, Lengths, Media, MediaSource, Record, Sample, TooLong
+from train.schema import (
+    IGNORE_INDEX,
+    KINDS,
+    Kind,
+    Lengths,
+    Media,
+    MediaSource,
+    Outline,
+    Placed,
+    Record,
+    Sample,
+    Slice,
+    TooLong,
+)
 
 
 @dataclass(slots=True)
@@ -58,8 +71,8 @@ class Tokens:
 class RecordProcessor(PromptMixin):
     """Lays records out as tokens by a chat template; a model of text alone takes no media.
 
-    A processor of media overrides `_lay_out_medium`, `_units` and `_decoded`; one of several rows of positions
-    `_positions`.
+    A processor of media overrides `_lay_out_medium`, `_units` and `_decoded`, and what it can tell of `_slices` and
+    `_seconds`; one of several rows of positions `_positions`.
     """
 
     template: ChatTemplate
@@ -89,6 +102,24 @@ class RecordProcessor(PromptMixin):
         with _located(record):
             tokens = self._lay_out(record, False, max_tokens, too_long)
         return Lengths(len(tokens.ids), {kind: sum(map(self._units, media)) for kind, media in _by_kind(tokens)})
+
+    def outline(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Outline:
+        """The tokens and the places of media that `encode` will give, from headers alone."""
+        with _located(record):
+            tokens = self._lay_out(record, False, max_tokens, too_long)
+        media = [
+            Placed(
+                medium.kind,
+                medium.source,
+                medium.begin,
+                medium.end,
+                tuple(medium.places.tolist()),
+                self._slices(medium),
+                self._seconds(medium),
+            )
+            for medium in tokens.media
+        ]
+        return Outline(tokens.ids, tokens.weights, media)
 
     def encode(
         self,
@@ -164,6 +195,14 @@ class RecordProcessor(PromptMixin):
     def _units(self, medium: Medium) -> int:
         """What a medium costs its tower, known before it is decoded."""
         raise NotImplementedError
+
+    def _slices(self, medium: Medium) -> tuple[Slice, ...]:
+        """The parts of an image that the tower reads one by one; none where that is not told."""
+        return ()
+
+    def _seconds(self, medium: Medium) -> float | None:
+        """How much of a clip the tower hears; None where that is not told."""
+        return None
 
     def _decoded(self, medium: Medium) -> tuple[Tensor, Tensor]:
         """A medium's values (U, ...) and the sizes (I, ...) of its items; BadRecord if it cannot be used."""

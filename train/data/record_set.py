@@ -19,7 +19,7 @@ from train.data.readers import open_source
 from train.data.records import parse_record
 from train.data.workers import UNWATCHED, Results, Workers
 from train.errors import BadRecord, OmniTuneError
-from train.schema import KINDS, Batch, Kind, Lengths, Processor, Record, TooLong
+from train.schema import KINDS, Batch, Kind, Lengths, Outline, Processor, Record, Sample, TooLong
 
 log = logging.getLogger(__name__)
 
@@ -204,11 +204,19 @@ class RecordSet:
         """A record's lengths; raises BadRecord."""
         return self.processor.measure(record, **self._fit)
 
+    def outline_of(self, record: Record) -> Outline:
+        """A record laid out as tokens, from headers alone; raises BadRecord."""
+        return self.processor.outline(record, **self._fit)
+
+    def encode(self, record: Record) -> Sample:
+        """A record as the model takes it, its media decoded; raises BadRecord."""
+        return self.processor.encode(record, **self._fit)
+
     def batch(self, pack: Sequence[int], watch: Watching = nullcontext) -> tuple[Batch, list[BadNote]]:
         """A pack's records decoded and laid end to end; those that fail leave their place empty."""
         samples, sources, records, bad = [], [], [], []
         for index in pack:
-            sample = self.attempt(index, partial(self.processor.encode, **self._fit), watch)
+            sample = self.attempt(index, self.encode, watch)
             if isinstance(sample, BadNote):
                 bad.append(sample)
                 continue

@@ -128,7 +128,7 @@ def set_convolutions(precision: Precision) -> None:
 def make_accelerator(options: Options) -> Accelerator:
     """The Accelerator of the chosen engine, with threads and seeds set (equal on every rank)."""
     on_cuda = torch.cuda.is_available()
-    _quieten(on_cuda)
+    quieten(on_cuda)
     if torch.cuda.device_count() > 1 and world_size() == 1:
         log.warning(
             "one process was started, so one of %d GPUs is used; ./launch.sh starts one for each, "
@@ -161,7 +161,7 @@ def make_accelerator(options: Options) -> Accelerator:
     return accelerator
 
 
-def _quieten(on_cuda: bool) -> None:
+def quieten(on_cuda: bool = False) -> None:
     """Our own words on the main process alone; of the libraries, only what is wrong."""
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(handlers=[Terminal()], level=logging.WARNING)

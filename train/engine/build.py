@@ -21,7 +21,7 @@ from train.config import Options, Precision, Tracker
 from train.data.loader import StepLoader, StepPlan
 from train.data.record_set import RecordSet
 from train.engine.accelerator import make_accelerator, world_size, zero_stage
-from train.engine.build_data import limits_of, make_evaluator, read_data
+from train.engine.build_data import make_evaluator, make_plan, read_data
 from train.engine.checkpoint import Checkpoints
 from train.engine.consistency import check_folder
 from train.engine.environment import write_environment
@@ -104,16 +104,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     _check_keep_best(options, evaluator)
     with announced(f"loading the weights of '{base}'"):
         model = _load_model(options, family, base, accelerator.device)
-    plan = StepPlan(
-        measured,
-        [spec.weight for spec in train_set.specs],
-        limits_of(options),
-        packs_per_step=options.run.packs_per_step,
-        seed=options.run.seed,
-        epochs=options.run.epochs,
-        max_steps=options.run.max_steps,
-        costs=family.flops(family.skeleton(base), tuned_modules(options)).of(measured.lengths),
-    )
+    plan = make_plan(options, family, base, train_set, measured)
     total_steps = (options.debug.one_batch and options.run.max_steps) or plan.total_steps()
     groups = parameter_groups(
         model,

@@ -5,14 +5,17 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from train.checks import tuned_modules
 from train.config import Options
 from train.data.lengths import LengthCache, digest
+from train.data.loader import StepPlan
 from train.data.plan import Limits
 from train.data.record_set import Measured, RecordSet
 from train.engine.evaluator import Evaluator
 from train.engine.measuring import measure_alike
 from train.engine.quarantine import Quarantine
 from train.engine.stop import StopRequest
+from train.families.family import Family
 from train.run_folder import RunFolder
 from train.schema import Processor
 from train.sources import open_records
@@ -73,6 +76,23 @@ def length_cache(options: Options, base: Path) -> LengthCache | None:
 def limits_of(options: Options) -> Limits:
     """What a pack may hold."""
     return Limits(options.data.max_tokens, {"image": options.data.max_patches, "audio": options.data.max_frames})
+
+
+def make_plan(options: Options, family: Family, base: Path, records: RecordSet, measured: Measured) -> StepPlan:
+    """The steps of a run over these records.
+
+    base: a model folder, of which the configuration is read.
+    """
+    return StepPlan(
+        measured,
+        [spec.weight for spec in records.specs],
+        limits_of(options),
+        packs_per_step=options.run.packs_per_step,
+        seed=options.run.seed,
+        epochs=options.run.epochs,
+        max_steps=options.run.max_steps,
+        costs=family.flops(family.skeleton(base), tuned_modules(options)).of(measured.lengths),
+    )
 
 
 def make_evaluator(

@@ -21,7 +21,7 @@ from train.families.megrezo.geometry import HOP, PictureLayout, audio_places, me
 from train.families.megrezo.slices import SliceSettings, slices_of
 from train.families.megrezo.template import CHAT_TEMPLATE_JINJA, MEGREZ_TEMPLATE
 from train.model_settings import count_faults, fixed_faults, kind_faults, refuse
-from train.schema import MediaSource
+from train.schema import MediaSource, Slice
 
 LongAudio = Literal["quarantine", "cut"]
 
@@ -252,6 +252,22 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         if medium.kind == "image":
             return medium.size.patches(self.image_processor.patch_size)
         return mel_frames(medium.size)
+
+    def _slices(self, medium: Medium) -> tuple[Slice, ...]:
+        """The thumbnail, then the cells row by row."""
+        if medium.kind != "image":
+            return ()
+        layout = medium.size
+        columns, rows = layout.grid
+        cells = [
+            Slice((column / columns, row / rows, (column + 1) / columns, (row + 1) / rows), layout.cell)
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        return (Slice((0.0, 0.0, 1.0, 1.0), layout.thumbnail), *cells)
+
+    def _seconds(self, medium: Medium) -> float | None:
+        return medium.size / SAMPLE_RATE if medium.kind == "audio" else None
 
     def _decoded(self, medium: Medium) -> tuple[Tensor, Tensor]:
         """Of a picture uint8 (P, 3·patch²) and (S, 2); of a clip float32 (F, B) and (1,)."""
