@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from train.commands import chat, demo, evaluate, export, preview
+from train.commands import chat, demo, doctor, evaluate, export, plan, preview
 from train.errors import message_for_user
 from train.families.family import quieten_transformers
 from train.launcher.failure import report_failure
@@ -15,8 +15,10 @@ from train.launcher.failure import report_failure
 COMMANDS: dict[str, ModuleType] = {
     "chat": chat,
     "demo": demo,
+    "doctor": doctor,
     "evaluate": evaluate,
     "export": export,
+    "plan": plan,
     "preview": preview,
 }
 

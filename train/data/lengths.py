@@ -49,7 +49,7 @@ class Part:
     def todo(self) -> list[int]:
         """The records to measure: those not usable so far, and those whose media have changed since."""
         tokens = self.lengths[:, 0].tolist()
-        return [row for row, stamps in enumerate(self.stamps) if not tokens[row] or not all(map(_holds, stamps))]
+        return [row for row, stamps in enumerate(self.stamps) if not tokens[row] or not all(map(holds, stamps))]
 
     def set(self, row: int, lengths: Lengths, kind: str, stamps: Stamps) -> None:
         """Take in what a record measures."""
@@ -73,7 +73,8 @@ def _stamp(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _holds(stamp: tuple[str, int, int]) -> bool:
+def holds(stamp: tuple[str, int, int]) -> bool:
+    """Whether a medium is as it was."""
     try:
         return _stamp(stamp[0]) == stamp[1:]
     except OSError:

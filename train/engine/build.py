@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -41,6 +42,7 @@ from train.families.family import Family
 from train.families.registry import find
 from train.modules.adapters import add_adapters, quantize_linear_layers
 from train.modules.objectives import NextToken
+from train.modules.packed import PackedModel
 from train.modules.trainable import canonical_name, choose_trainable, module_of, parameter_groups
 from train.run_folder import RunFolder
 from train.sources import load_processor
@@ -89,7 +91,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     check(options, world_size(), os.environ)
     source = Path(model_folder(options)[1])
     family = find(source)
-    _check_family(options, family)
+    check_family(options, family)
     check_files(source)
     accelerator = make_accelerator(options)
     folder = _make_folder(options, accelerator)
@@ -171,7 +173,8 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     return Run(options, accelerator, trainer, folder, base, records, stop, trainer.is_finished)
 
 
-def _check_family(options: Options, family: Family) -> None:
+def check_family(options: Options, family: Family) -> None:
+    """Raise ConfigError where the options name what models of the family do not have."""
     known = f"a {family.name} model has only {', '.join(sorted(family.modules))}"
     faults = [
         f"modules.tune_{name}: there is no such module, {known}; set it to false, as the model group of the family does"
@@ -234,30 +237,46 @@ def _load_model(options: Options, family: Family, base: Path, device: torch.devi
 
     device: where the model will live; under DeepSpeed, its engine moves what it does not offload.
     """
-    in_bf16 = options.run.precision is Precision.bf16
-    compute_dtype = torch.bfloat16 if in_bf16 else torch.float32
-    tuned, adapted = tuned_modules(options), options.lora.modules
-    is_master = in_bf16 and not zero_stage(options)  # DeepSpeed keeps fp32 master weights of its own
-    in_full = {name for name in tuned if name not in adapted}
+    compute_dtype, in_float32 = weight_dtypes(options, family)
     model = family.load_model(
-        base,
-        dtype=compute_dtype,
-        in_float32=(lambda name: module_of(name, family.rules) in in_full) if is_master else None,
-        device=None if zero_stage(options) else device,
+        base, dtype=compute_dtype, in_float32=in_float32, device=None if zero_stage(options) else device
     )
+    if options.lora.load_in_4bit:
+        quantize_linear_layers(model, family.rules, "llm", compute_dtype=compute_dtype, device=device)
+    adapted_model = with_trainable(options, family, model)
+    trained = [canonical_name(name) for name, value in adapted_model.named_parameters() if value.requires_grad]
+    check_base(base, adapted_model, trained)
+    return adapted_model
+
+
+def weight_dtypes(options: Options, family: Family) -> tuple[torch.dtype, Callable[[str], bool] | None]:
+    """The dtype of the weights, and which of them, by name, are float32 all the same: those that are their own master
+    weights; None where none is.
+    """
+    in_bf16 = options.run.precision is Precision.bf16
+    in_full = set(tuned_modules(options)) - set(options.lora.modules)
+    return torch.bfloat16 if in_bf16 else torch.float32, (
+        (lambda name: module_of(name, family.rules) in in_full) if _is_master(options) else None
+    )
+
+
+def _is_master(options: Options) -> bool:
+    """Whether weights that learn are their own fp32 master weights; DeepSpeed keeps those apart."""
+    return options.run.precision is Precision.bf16 and not zero_stage(options)
+
+
+def with_trainable(options: Options, family: Family, model: PackedModel) -> nn.Module:
+    """The model as it is trained: the kind of loss, checkpointing of activations, adapters, what learns."""
     model.liger_loss = options.run.liger_loss
     if options.run.activation_checkpointing:
         # newer versions of transformers renamed it, and warn of the old name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if options.lora.load_in_4bit:
-        quantize_linear_layers(model, family.rules, "llm", compute_dtype=compute_dtype, device=device)
     adapted_model: nn.Module = model
-    if adapted:
-        adapted_model = add_adapters(model, family.rules, lora_settings(options, family), in_float32=is_master)
-    choose_trainable(adapted_model, family.rules, tuned=tuned, adapted=adapted)
-    trained = [canonical_name(name) for name, value in adapted_model.named_parameters() if value.requires_grad]
-    check_base(base, adapted_model, trained)
+    if options.lora.modules:
+        settings = lora_settings(options, family)
+        adapted_model = add_adapters(model, family.rules, settings, in_float32=_is_master(options))
+    choose_trainable(adapted_model, family.rules, tuned=tuned_modules(options), adapted=options.lora.modules)
     return adapted_model
 
 

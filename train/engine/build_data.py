@@ -54,10 +54,10 @@ def read_data(
     return train_set, found["data.train"][0], eval_set, found["data.eval"][0] if eval_set else None, quarantine
 
 
-def length_cache(options: Options, base: Path) -> LengthCache | None:
+def length_cache(options: Options, base: Path, kind: str = "lengths") -> LengthCache | None:
     """Where lengths by the processor of a model folder are kept; None where the options, or the machine, have no place.
 
-    base: the model folder.
+    base: the model folder. kind: what is kept, by the name of its folder.
     """
     data = options.data
     if data.cache is None:
@@ -70,7 +70,7 @@ def length_cache(options: Options, base: Path) -> LengthCache | None:
     # A pipe would be waited for.
     files = sorted(file for file in base.iterdir() if file.suffix in (".json", ".jinja", ".model") and file.is_file())
     settings = [digest(files), data.max_tokens, data.too_long, data.long_audio, data.system_prompt]
-    return LengthCache(folder / "lengths", settings)
+    return LengthCache(folder / kind, settings)
 
 
 def limits_of(options: Options) -> Limits:

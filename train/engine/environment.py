@@ -24,21 +24,26 @@ _PACKAGES = (
 
 def write_environment(file: Path, accelerator: Accelerator) -> None:
     """Write to a file: versions, commit, command, ranks and device."""
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     environment = {
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(),
         "commit": _commit(),
         "command": sys.argv,
         "world_size": accelerator.num_processes,
         "device": str(accelerator.device),
     }
     file.write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of the packages that a run stands on; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def _commit() -> str | None:

@@ -62,7 +62,7 @@ class WandbTracker:
             "config": config,
         }
         mode = os.environ.get("WANDB_MODE") or "online"
-        if mode == "online" and not _has_key(wandb):
+        if mode == "online" and not has_key():
             mode = "offline"
             level = logging.WARNING if "WANDB_MODE" in os.environ else logging.INFO
             log.log(
@@ -99,7 +99,10 @@ def _run_id(file: Path) -> str:
     return file.read_text()
 
 
-def _has_key(wandb: Any) -> bool:
+def has_key() -> bool:
+    """Whether W&B finds an API key."""
+    import wandb
+
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

@@ -84,7 +84,7 @@ def check_room(base: Path, skeleton: nn.Module, trained: Mapping[str, Tensor], f
         )
     largest = 4 * max(tensor.numel() for tensor in StoredTensors(base).values())
     memory = _BESIDES + max(2.5 * largest, adapter + largest)
-    available = _available_memory()
+    available = available_memory()
     if available is not None and available < memory:
         raise CheckpointError(
             f"the export and its check take {memory / _GIB:.1f} GiB of memory, and {available / _GIB:.1f} GiB are "
@@ -92,7 +92,7 @@ def check_room(base: Path, skeleton: nn.Module, trained: Mapping[str, Tensor], f
         )
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
     """Bytes that this process may still take: of the machine, and of its control group; None where neither is told."""
     found = []
     meminfo = Path("/proc/meminfo")

@@ -37,11 +37,16 @@ def shards_of(folder: Path) -> list[Path]:
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """The dtype of each tensor of floating-point numbers, by key."""
-    stored: dict[str, torch.dtype] = {}
+    return {key: _FLOATS[dtype] for key, (dtype, _) in stored_shapes(folder).items() if dtype in _FLOATS}
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """The dtype, by its name in safetensors, and the shape of each tensor, by key, from the shards' headers."""
+    stored: dict[str, tuple[str, list[int]]] = {}
     for shard in shards_of(folder):
         with shard.open("rb") as file:
             entries = _entries(_header(file))
-        stored |= {key: _FLOATS[entry["dtype"]] for key, entry in entries.items() if entry["dtype"] in _FLOATS}
+        stored |= {key: (entry["dtype"], entry["shape"]) for key, entry in entries.items()}
     return stored
 
 

@@ -25,6 +25,7 @@ from tests.unit.data.builders import PeakMemory, by_av, png_of, tone
 from train.data.plan import Limits, plan_epoch
 from train.data.record_set import BadNote, RecordSet, SourceSpec
 from train.families.registry import find
+from train.preflight.examine import examine
 
 TINY = Path(__file__).resolve().parents[3] / "data" / "tiny"
 LIMITS = Limits(512, {"image": 100_000, "audio": 100_000})
@@ -77,6 +78,7 @@ def notes_on(file: Path, count: int, **settings: Any) -> list[BadNote]:
         assert len(media_of(batch, "image").places) == processor().image_processor.image_feature_size * len(
             media_of(batch, "image").sizes
         )
+    assert {note.line for note in examine(records, None).bad} == {note.line for note in notes}
     for note in notes:
         assert f"{file}:{note.line}: " in note.reason or note.reason.startswith(str(file))
         assert len(note.reason) < 2000 + 4 * len(str(file))

@@ -114,7 +114,7 @@ def test_too_small_a_disk_is_said_before_anything_is_written(base: Path, monkeyp
 
 
 def test_too_little_memory_is_said_before_anything_is_written(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_folder, "_available_memory", lambda: 2**30)
+    monkeypatch.setattr(base_folder, "available_memory", lambda: 2**30)
     with pytest.raises(CheckpointError, match=r"take 2\.0 GiB of memory, and 1\.0 GiB are free; .*`omnitune export`"):
         export(base, {}, base.parent / "export", step=1, batch=BATCH)
     assert not list(base.parent.glob("*export*"))

@@ -1,0 +1,221 @@
+"""GPU memory of a training step, from the real model on fake tensors: no weights, no device, no values.
+
+The model's parameters are fake tensors on the CPU, and a dispatch mode sums the storages that live, as CUDA's allocator
+rounds them. Three substitutions make the CPU's ways CUDA's: attention by one kernel, LayerNorm in float32 under
+autocast, dropout that keeps a mask of bytes.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from train.config import Options, Precision
+from train.engine.accelerator import zero_stage
+from train.engine.build import weight_dtypes, with_trainable
+from train.families.family import Family
+from train.modules import attention
+from train.modules.attention import Segments
+from train.modules.objectives import NextToken
+from train.modules.packed import PackedModel, without_adapters
+from train.modules.trainable import is_adapter, module_of
+from train.schema import Batch
+
+_ROUND = 512
+"""Bytes to which CUDA's allocator rounds up."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of a micro-batch on one device without sharding, and the values that learn.
+
+    peak is the most that lives at a time while gradients are held; weights and gradients are parts of it.
+    """
+
+    weights: int
+    gradients: int
+    peak: int
+    trained: int
+    """values that learn"""
+    largest_group: int
+    """values of the largest group of parameters that an optimizer updates together"""
+    quantizable: int
+    """values that QLoRA would store in 4 bit"""
+
+    @property
+    def activations(self) -> int:
+        """What lives at the peak beside weights and gradients."""
+        return self.peak - self.weights - self.gradients
+
+
+class LiveBytes(TorchDispatchMode):
+    """Sums the bytes of all storages that operations within it return, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._held: dict[int, Any] = {}
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._held:
+            return
+        size = -(-storage.nbytes() // _ROUND) * _ROUND
+        self._held[storage._cdata] = weakref.ref(storage, partial(self._let_go, storage._cdata, size))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _let_go(self, key: int, size: int, _: Any) -> None:
+        del self._held[key]
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.hold(leaf)
+        return out
+
+
+def measure_step(options: Options, family: Family, folder: Path, batch: Batch) -> Measured:
+    """Bytes of a step of two micro-batches, each this batch; the second holds the first one's gradients.
+
+    folder: a model folder, of which the configuration is read.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = _fake_model(options, family, folder, mode)
+    fake = _fake_batch(batch, mode)
+    in_autocast = options.run.precision is Precision.bf16 and not zero_stage(options)
+    with _as_on_cuda(), LiveBytes() as live:
+        for held in (*model.parameters(), *model.buffers()):
+            live.hold(held)
+        weights = live.now
+        for _ in range(2):
+            live.peak = live.now
+            with torch.autocast("cpu", torch.bfloat16) if in_autocast else nullcontext():
+                loss = NextToken().loss(model, fake)
+            loss.total.backward()
+            del loss
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(_rounded(parameter.grad) for parameter in trained if parameter.grad is not None)
+    return Measured(
+        weights=weights,
+        gradients=gradients,
+        peak=live.peak,
+        trained=sum(parameter.numel() for parameter in trained),
+        largest_group=_largest_group(model, family),
+        quantizable=_quantizable(model, family),
+    )
+
+
+def _rounded(tensor: Tensor) -> int:
+    return -(-tensor.untyped_storage().nbytes() // _ROUND) * _ROUND
+
+
+def _largest_group(model: nn.Module, family: Family) -> int:
+    sizes: dict[Any, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = module_of(name, family.rules), is_adapter(name), parameter.ndim > 1
+            sizes[group] = sizes.get(group, 0) + parameter.numel()
+    return max(sizes.values(), default=0)
+
+
+def _quantizable(model: nn.Module, family: Family) -> int:
+    head = without_adapters(model).get_output_embeddings()
+    return sum(
+        layer.weight.numel()
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and layer is not head
+        and "lora_" not in name
+        and module_of(f"{name}.weight", family.rules) == "llm"
+    )
+
+
+def _fake_model(options: Options, family: Family, folder: Path, mode: FakeTensorMode) -> nn.Module:
+    """The model as it is trained, without values, in training mode."""
+    skeleton: PackedModel = family.skeleton(folder)
+    dtype, in_float32 = weight_dtypes(options, family)
+    for name, parameter in skeleton.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if in_float32 and in_float32(name) else dtype)
+    model = with_trainable(options, family, skeleton).train()
+    fakes: dict[int, nn.Parameter] = {}
+    for part in model.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if id(parameter) not in fakes:
+                with mode:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                fakes[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            part._parameters[name] = fakes[id(parameter)]
+    return model
+
+
+def _fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
+    """The batch with fake tensors in place of all but those that lie on the CPU always."""
+    return batch._map(mode.from_tensor, on_cpu=lambda tensor: tensor)
+
+
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """Attention, LayerNorm and dropout with the memory that they take on CUDA."""
+    functional = torch.nn.functional
+    with (
+        patch.object(attention, "_attention_by_length", _attention_kernel),
+        patch.object(functional, "layer_norm", _layer_norm(functional.layer_norm)),
+        patch.object(functional, "dropout", _dropout(functional.dropout)),
+    ):
+        yield
+
+
+class _Attention(torch.autograd.Function):
+    """A kernel that keeps its inputs, its output and the logarithms of its sums."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        sums = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, _, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _attention_kernel(
+    q: Tensor, k: Tensor, v: Tensor, segments_q: Segments, segments_k: Segments, *, causal: bool, scale: float | None
+) -> Tensor:
+    return _Attention.apply(q, k, v)
+
+
+def _layer_norm(original: Any) -> Any:
+    def layer_norm(values: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return original(values, shape, weight, bias, eps)
+        with torch.autocast("cpu", enabled=False):
+            weight, bias = (one if one is None else one.float() for one in (weight, bias))
+            return original(values.float(), shape, weight, bias, eps)
+
+    return layer_norm
+
+
+def _dropout(original: Any) -> Any:
+    def dropout(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or not p or inplace:
+            return original(values, p, training, inplace)
+        return torch.native_dropout(values, p, True)[0]
+
+    return dropout
