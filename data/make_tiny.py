@@ -3,8 +3,8 @@
     python data/make_tiny.py [--data data]
 
 They have the architectures of Megrez-3B-Omni (`tiny`), Megrez-3B-Instruct (`tiny_instruct`), MiniCPM-2B
-(`tiny_minicpm`) and the thinker of Qwen2.5-Omni (`tiny_qwen_omni`). Their tokenizers know the words of the samples as single tokens, and spell any other text in
-bytes.
+(`tiny_minicpm`) and the thinker of Qwen2.5-Omni (`tiny_qwen_omni`). Their tokenizers know the words of the samples as
+single tokens, and spell any other text in bytes.
 """
 
 import argparse

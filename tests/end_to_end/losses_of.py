@@ -49,7 +49,7 @@ def losses(run: Run, setting: Setting) -> dict:
     step, evaluator = run.trainer.train_step, run.trainer.evaluator
     records, types = evaluator.records, evaluator.measured.types
     model = run.accelerator.unwrap_model(step.model)
-    model.generation_config.eos_token_id = list(range(0, model.config.vocab_size, 3))
+    model.generation_config.eos_token_id = list(range(0, model.config.get_text_config().vocab_size, 3))
     step.model.train()
     results = []
     for mix in setting.mixes:

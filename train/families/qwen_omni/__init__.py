@@ -30,4 +30,6 @@ QWEN_OMNI = Family(
         "thinker_config",
         *(f"thinker_config.{part}_config" for part in ("text", "vision", "audio")),
     ),
+    # Which the published files state, and nothing of the thinker reads.
+    own_keys=frozenset({"vision_start_token_id", "vision_end_token_id", "vision_token_id", "enable_talker"}),
 )

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import soundfile
+import torch
+import transformers
 from PIL import Image
 
 from tests.builders import randomize
@@ -82,3 +84,26 @@ MIXED = [
 def samples(processor: QwenOmniProcessor) -> list[Sample]:
     """Every mix: text, several pictures, several clips, all in several turns, text."""
     return [processor.encode(one) for one in MIXED]
+
+
+def write_published(folder: Path) -> Path:
+    """A model folder as published: talker and vocoder beside the thinker, several shards, the thinker in bfloat16."""
+    config = json.loads((TINY / "config.json").read_text())
+    rope = {"rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default"}, "rope_theta": 1e6}
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 32, "hidden_size": 64}
+    talker = sizes | rope | {"embedding_size": 128, "intermediate_size": 64, "num_key_value_heads": 1}
+    dit = sizes | {"look_ahead_layers": [0], "look_backward_layers": [0], "emb_dim": 32, "enc_emb_dim": 16}
+    dit |= {"enc_dim": 16, "enc_channels": [16] * 4 + [48], "enc_attention_channels": 8, "enc_se_channels": 8}
+    model = transformers.Qwen2_5OmniForConditionalGeneration(
+        transformers.Qwen2_5OmniConfig(
+            thinker_config=config["thinker_config"],
+            talker_config=talker,
+            token2wav_config={"dit_config": dit, "bigvgan_config": {"upsample_initial_channel": 64}},
+        )
+    )
+    randomize(model)
+    model.thinker.bfloat16(), model.talker.bfloat16()
+    model.save_pretrained(folder, max_shard_size="2MB")
+    torch.save({}, folder / "spk_dict.pt")
+    copy_side_files(TINY, folder)
+    return folder
