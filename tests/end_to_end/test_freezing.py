@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tests.runs import SAMPLE, build_here, succeed, write_records
 from train.config import MODULES
+from train.families.family import Family
 from train.families.megrezo import MEGREZO
+from train.families.qwen_omni import QWEN_OMNI
 from train.modules.trainable import FROZEN, canonical_name, is_adapter, module_of
 
 pytestmark = pytest.mark.end_to_end
@@ -31,17 +33,19 @@ def test_there_are_31_combinations() -> None:
     assert len(COMBINATIONS) == 31
 
 
+@pytest.mark.parametrize("family", [MEGREZO, QWEN_OMNI], ids=lambda family: family.name)
 @pytest.mark.parametrize("flags", COMBINATIONS, ids=lambda flags: "".join("01"[flag] for flag in flags))
-def test_exactly_the_tuned_modules_change(flags: tuple[bool, ...], tmp_path: Path) -> None:
+def test_exactly_the_tuned_modules_change(flags: tuple[bool, ...], family: Family, tmp_path: Path) -> None:
     tuned = {name for name, flag in zip(MODULES, flags, strict=True) if flag}
-    run = build_here([*words(tmp_path), *(f"modules.tune_{name}={name in tuned}" for name in MODULES)])
+    model = "model=tiny" if family is MEGREZO else "model=tiny_qwen_omni"
+    run = build_here([model, *words(tmp_path), *(f"modules.tune_{name}={name in tuned}" for name in MODULES)])
     run.trainer.fit()
     before = load_file(run.base / "model.safetensors")
     after = load_file(run.export() / "model.safetensors")
     assert after.keys() == before.keys()
-    changed = {module_of(name, MEGREZO.rules) for name in before if not after[name].equal(before[name])}
+    changed = {module_of(name, family.rules) for name in before if not after[name].equal(before[name])}
     assert changed == tuned
-    assert any(module_of(name, MEGREZO.rules) == FROZEN for name in before)
+    assert any(module_of(name, family.rules) == FROZEN for name in before)
 
 
 def test_lora_leaves_the_base_alone_and_changes_the_adapter(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import losses, metrics, succeed, write_records, write_small_model
+from tests.runs import losses, metrics, succeed, write_records, write_small_model, write_small_qwen_omni
 from train.export.checkpoint_reader import MASTER, MOMENTS, read_state, saved_state
 
 pytestmark = pytest.mark.end_to_end
@@ -66,6 +66,20 @@ def test_resumed_losses_are_the_uninterrupted_runs_bit_for_bit(
     for name in ("step", "loss", "grad_norm", "tokens"):
         assert [line[name] for line in resumed] == [line[name] for line in straight]
     assert len(resumed) == STEPS
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_another_family_resumes_bit_for_bit(engine: str, tmp_path: Path) -> None:
+    write_small_qwen_omni(tmp_path)
+    command = [*words(tmp_path), f"engine={engine}"]
+    succeed(command, processes=2)
+    straight = metrics(tmp_path / "run")
+    go_back(tmp_path / "run", STOP)
+    succeed(command, processes=2)
+    resumed = metrics(tmp_path / "run")
+    assert len(resumed) == STEPS
+    for name in ("step", "loss", "grad_norm", "tokens"):
+        assert [line[name] for line in resumed] == [line[name] for line in straight]
 
 
 @pytest.fixture(scope="module")
