@@ -1,6 +1,5 @@
 """`Chat` and the model's own `chat` with pictures and recordings in every form."""
 
-
 import numpy as np
 import pytest
 import torch
