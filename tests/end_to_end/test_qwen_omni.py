@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import SAMPLE, losses, succeed, write_records
+from train.commands.main import main
 
 pytestmark = pytest.mark.end_to_end
 
@@ -24,14 +25,15 @@ def test_it_learns(run: Path) -> None:
     assert sum(found[-4:]) < 0.25 * sum(found[:4])
 
 
-def test_its_export_is_evaluated_and_asked(run: Path, tmp_path: Path) -> None:
+def test_its_export_is_evaluated_and_asked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export = run / "export"
     assert json.loads((export / "export.json").read_text())["ok"]
-    script = "omnitune/__main__.py"
     records, said = run.parent / "eval.jsonl", tmp_path / "said.jsonl"
     flags = ["--root", str(SAMPLE), "--max-new-tokens", "8", "--predictions", str(said)]
-    succeed(["evaluate", str(run), str(records), *flags], script=script)
+    main(["evaluate", str(run), str(records), *flags])
     assert len(said.read_text().splitlines()) == 6
     picture, clip = SAMPLE / "images/heldout/0001.png", SAMPLE / "audio/heldout/0001.opus"
     asked = ["chat", str(export), "--image", str(picture), "--audio", str(clip), "What color is the object?"]
-    assert succeed([*asked, "--max-new-tokens", "8"], script=script).stdout.strip()
+    capsys.readouterr()
+    main([*asked, "--max-new-tokens", "8"])
+    assert capsys.readouterr().out.strip()
