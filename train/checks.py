@@ -62,6 +62,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_last": (0, _COUNT),
     "eval.every": (0, _COUNT),
     "run.max_not_finite": (0, _COUNT),
+    "run.peak_tflops": (0.001, 10**6),
     "run.threads": (0, 512),
     "eval.max_records": (0, _COUNT),
     "eval.max_new_tokens": (1, 10**6),

@@ -234,6 +234,9 @@ class RunOptions:
     """Head and loss by Liger's fused kernel (CUDA, liger-kernel from 0.8.2 on) in place of the built-in chunks."""
     deterministic: bool = False
     """Refuse CUDA operations whose result varies from run to run."""
+    peak_tflops: float | None = None
+    """Dense 10^12 floating-point operations a second that one device can do at most, for the MFU in metrics.jsonl;
+    null = the data sheet's for known GPUs in bf16, and no MFU elsewhere."""
     threads: int = 0
     """CPU threads of each rank's tensor operations; 0 = cores of the machine divided by its ranks."""
 

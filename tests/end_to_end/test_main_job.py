@@ -69,6 +69,7 @@ def test_metrics_tell_each_step_and_each_evaluation(run: Path) -> None:
         "tokens",
         "supervised_tokens",
         "time/data_wait_s",
+        "time/device_wait_s",
     } <= set(lines[1])
     assert {"eval/loss", "eval/exact_match", "eval/exact_match/speech", "eval/f1", "eval/f1/speech"} <= set(lines[0])
     assert losses(run)[-1] < losses(run)[0]

@@ -5,7 +5,8 @@ loss = Σ weight · cross-entropy / Σ weight, over all supervised tokens of the
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -30,6 +31,8 @@ class StepResult:
     suspects: where nothing was updated, the records on this rank whose loss was not finite.
     stop: whether some rank was asked to stop.
     source_losses: float64 (sources,), NaN for a source that this step had nothing of.
+    flops: floating-point operations that the step needed (see `modules.flops`).
+    device_wait_s: seconds that this rank waited for its device.
     """
 
     loss: float
@@ -42,6 +45,8 @@ class StepResult:
     updated: bool = True
     suspects: list[int] = field(default_factory=list)
     stop: bool = False
+    flops: float = 0.0
+    device_wait_s: float = 0.0
 
 
 class TrainStep:
@@ -52,6 +57,7 @@ class TrainStep:
     after any stop.
     media: the kind of media without which a module is idle in a step, by module (see `Family.media`).
     stop: asked at the end of each step, so that all ranks know of it alike.
+    work: floating-point operations of a pack.
     max_grad_norm: global L2 norm that gradients are scaled down to (0 = never); under DeepSpeed its own
     configuration says it.
     """
@@ -68,16 +74,20 @@ class TrainStep:
         media: Mapping[str, Kind],
         sources: int,
         max_grad_norm: float,
+        work: Callable[[Batch], float] = lambda _: 0.0,
         stop: StopRequest | None = None,
     ):
         self.accelerator, self.model, self.optimizer, self.rates = accelerator, model, optimizer, rates
         self.objective, self.seed = objective, seed
         self.media, self.sources, self.max_grad_norm = media, sources, max_grad_norm
+        self.work = work
         self.stop = stop or StopRequest()
+        self._device_wait_s = 0.0
         self._deepspeed = accelerator.distributed_type == "DEEPSPEED"
 
     def __call__(self, step: int, batches: Sequence[Batch], bad_records: int = 0) -> StepResult:
         """Step number `step`, from 0 on, over this rank's packs; `bad_records` is summed over the ranks."""
+        self._device_wait_s = 0.0
         counts = self._summed(
             torch.tensor(
                 [
@@ -85,6 +95,7 @@ class TrainStep:
                     sum(int(batch.cu_seqlens[-1]) for batch in batches if batch.records),
                     sum(int((batch.loss_weights > 0).sum()) for batch in batches),
                     bad_records,
+                    sum(map(self.work, batches)),
                     *(sum(batch.units(kind) for batch in batches) for kind in KINDS),
                 ],
                 dtype=torch.float64,
@@ -92,7 +103,7 @@ class TrainStep:
         )
         weight = float(counts[0])
         # DeepSpeed updates in its last backward, so the rates are set before it.
-        rates = self.rates.set(self.optimizer, step, self._idle(counts[4:]))
+        rates = self.rates.set(self.optimizer, step, self._idle(counts[5:]))
         # Row 2 tells of requests to stop. All of it stays on the device until the step ends: a look would wait for it.
         sums = torch.zeros(3, self.sources, dtype=torch.float64, device=self.accelerator.device)
         losses: list[Tensor] = []
@@ -119,6 +130,8 @@ class TrainStep:
             updated=updated,
             suspects=[record for of_pack in found for record in of_pack],
             stop=bool(sums[2].any()),
+            flops=float(counts[4]),
+            device_wait_s=self._device_wait_s,
         )
 
     def _idle(self, units: Tensor) -> set[str]:
@@ -149,16 +162,26 @@ class TrainStep:
         The norm is that of all ranks' gradients together, so where it is not finite, all ranks leave the step out.
         """
         if self._deepspeed:
-            return float(cast(Any, self.model).get_global_grad_norm())
+            return float(self._fetch(torch.as_tensor(cast(Any, self.model).get_global_grad_norm())))
         limit = self.max_grad_norm or float("inf")
-        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        if torch.isfinite(grad_norm):
+        grad_norm = float(self._fetch(self.accelerator.clip_grad_norm_(self.model.parameters(), limit)))
+        if math.isfinite(grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(grad_norm)
+        return grad_norm
 
     def _summed(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").cpu()
+        """The sums over all ranks, on the host. What lies there already does not leave it where one rank is all."""
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+        return self._fetch(values)
+
+    def _fetch(self, values: Tensor) -> Tensor:
+        """Copy to the host: all that is waited for the device in a step is waited for here."""
+        began = time.perf_counter()
+        here = values.cpu()
+        self._device_wait_s += time.perf_counter() - began
+        return here
 
 
 def _seed_of(seed: int, step: int, records: Sequence[int]) -> int:
