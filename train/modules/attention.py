@@ -47,13 +47,18 @@ class Segments:
     def of(cls, lengths: list[int], device: torch.device) -> "Segments":
         """Segments of these lengths, one after the other."""
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        return cls(tuple(lengths), ends.to(device, non_blocking=True), max(lengths))
+        return cls(tuple(lengths), to_device(ends, device), max(lengths))
 
     @classmethod
     def of_cu_seqlens(cls, cu_seqlens: Tensor, device: torch.device) -> "Segments":
         """Segments between cumulative lengths, int32 (N + 1,); waits for the device if they lie on one."""
         lengths = cu_seqlens.diff().tolist()
         return cls(tuple(lengths), cu_seqlens.to(device, non_blocking=True), max(lengths))
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """What the host has made, on the device, without a wait; for pageable memory the driver may wait before it copies."""
+    return (values if values.device == device else values.pin_memory()).to(device, non_blocking=True)
 
 
 def varlen_attention(
