@@ -57,7 +57,7 @@ class Segments:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """What the host has made, on the device, without a wait; for pageable memory the driver may wait before it copies."""
+    """What the host has made, on the device, without a wait (which pageable memory may cost)."""
     return (values if values.device == device else values.pin_memory()).to(device, non_blocking=True)
 
 
