@@ -11,6 +11,7 @@ an overrun costs only the rest of its group. Each figure carries the limits that
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,34 +89,27 @@ def run_all(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run the groups one after the other, and report after every stage."""
     end = time.monotonic() + chosen.limit_s
     report: dict[str, Any] = {"device": chosen.device, "size": chosen.size, "stages": {}}
+
+    def tell(found: dict[str, Any]) -> None:
+        for name in found.keys() - report["stages"].keys():
+            report["stages"][name] = found[name]
+            show(name, found[name])
+        if chosen.json:
+            write(chosen.json, report)
+
     for group in chosen.only:
         file = folder / f"{group}.json"
         command = [sys.executable, __file__, "--group", group, "--device", chosen.device, "--size", chosen.size]
-        process = subprocess.Popen(
-            [*command, "--folder", str(folder)], cwd=ROOT, env=environment(), start_new_session=True
-        )
-        told: set[str] = set()
-        while True:
-            ended = process.poll() is not None
-            overrun = time.monotonic() > end
-            found = json.loads(file.read_text()) if file.exists() else {}
-            for name in [name for name in found if name not in told]:
-                told.add(name)
-                report["stages"][name] = found[name]
-                show(name, found[name])
-            if ended or overrun:
-                break
-            if chosen.json:
-                write(chosen.json, report)
-            time.sleep(0.3)
-        if not ended:
+        process = subprocess.Popen([*command, "--folder", str(folder)], cwd=ROOT, env=environment())
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                tell(json.loads(file.read_text()) if file.exists() else {})
+                time.sleep(0.3)
+        finally:
+            why = "the time was over" if process.poll() is None else f"its process ended with {process.returncode}"
             end_all(process)
-        why = f"its process ended with {process.returncode}" if ended else "the time was over"
-        for name in [name for name in GROUPS[group] if name not in told]:
-            report["stages"][name] = {"status": "failed", "why": why, "figures": [], "seconds": 0.0}
-            show(name, report["stages"][name])
-        if chosen.json:
-            write(chosen.json, report)
+        lost = {"status": "failed", "why": why, "figures": [], "seconds": 0.0}
+        tell(dict.fromkeys(GROUPS[group], lost) | (json.loads(file.read_text()) if file.exists() else {}))
     return report
 
 
@@ -123,13 +117,14 @@ def end_all(process: "subprocess.Popen[bytes]") -> None:
     """End a group's process and all that it started."""
     import psutil
 
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-        each.kill()
+    if process.poll() is None:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
     process.wait()
 
 
 def environment() -> dict[str, str]:
-    """The variables of a group's process: the project and its tests' helpers can be imported."""
+    """The variables of a group's process, which imports the project and these benchmarks."""
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -170,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if chosen.install:
         install(chosen.install)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by which the groups' processes end too
     with tempfile.TemporaryDirectory(dir=chosen.folder) as temporary:
         report = run_all(chosen, Path(temporary))
     results = report["stages"].values()

@@ -65,5 +65,5 @@ def equal_bits(name: str, is_equal: bool) -> dict[str, Any]:
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, as a share of the largest value."""
-    expected = expected.double()
+    expected = expected.detach().double()
     return float((found.detach().to(expected.device).double() - expected).abs().max() / expected.abs().max())

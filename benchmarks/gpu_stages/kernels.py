@@ -125,11 +125,12 @@ def float32(setting: Setting) -> list[dict[str, Any]]:
     set_convolutions(Precision.fp32)
     torch.backends.cuda.matmul.allow_tf32 = False
     config = model_config("tiny")
-    [batch], _ = batches_of(config, 1, 0)
+    _, [batch, *_] = batches_of(config, 1, 0)
     losses, gradients = [], []
     for device in ("cpu", setting.device):
         torch.manual_seed(0)
-        model: Any = MegrezO(config).to(device)
+        model: Any = MegrezO(config)
+        model.to(device)
         total = model.train()(batch=batch.to(device)).loss_sum / len(batch.targets)
         total.backward()
         losses.append(float(total.detach()))

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import statistics
 import time
 from argparse import Namespace
@@ -19,10 +20,10 @@ from step import batches_of, figures_of, useful_flops
 from torch import Tensor, nn
 
 from gpu_stages.figures import Setting, Skipped, figure
-from tests.runs import forget, forget_accelerator
 from train.commands.options import compose_options
 from train.config import RunOptions
 from train.data.collate import collate
+from train.engine.accelerator import close
 from train.engine.build import Run, build
 from train.engine.peak import peak_of
 from train.families.family import Family
@@ -118,16 +119,17 @@ def built(setting: Setting, words: Sequence[str], name: str) -> Iterator[Run]:
     given = ["model=megrez_3b_omni", f"model.path={base}", "engine=none", "tracker=none", "data=files"]
     given += [f"data.train=[{{path: {records}}}]", "data.eval=[]", "data.workers=0", "checkpoint.save_every=0"]
     given += ["run.epochs=100", "run.packs_per_step=1", "optim.warmup_ratio=0", "data.cache=null"]
-    forget_accelerator()
+    given += [] if setting.device == "cuda" else ["run.precision=fp32", "run.threads=1"]
+    given.append(f"run.dir={setting.folder / re.sub(r'[^a-zA-Z]+', '-', name)}")
     with random_weights():
-        run = build(*compose_options([*given, f"run.dir={setting.folder / name.replace(' ', '-')}", *words]))
+        run = build(*compose_options([*given, *words]))
     try:
         run.trainer.train_step.model.train()
         run.trainer.train_step.work = lambda _: 0.0  # the packs here are not the run's own
         yield run
     finally:
         run.trainer.let_go()
-        forget(run)
+        close(run.accelerator)
         del run
         free(setting)
 
@@ -142,8 +144,10 @@ def free(setting: Setting) -> None:
 
 def packs_of(setting: Setting, folder: Path) -> list[Batch]:
     """Packs of the workload, for the model in a folder."""
+    if setting.size == "tiny":
+        return [heaviest(setting, folder)]
     config: Any = find(folder).config(folder)
-    packs, _ = batches_of(config, setting.of_size(8, 1), 0)
+    packs, _ = batches_of(config, 8, 0)
     return [_pinned(setting, pack) for pack in packs]
 
 
@@ -220,11 +224,9 @@ def _speed(setting: Setting, run: Run, way: Way, packs: Sequence[Batch]) -> list
 
 def _memory(setting: Setting, run: Run, way: Way) -> list[dict[str, Any]]:
     """The peak of a step of two micro-batches of the heaviest pack."""
-    if setting.device != "cuda":
-        pack = heaviest(setting, run.base)
-        run.trainer.train_step(99, [pack])
-        return []
     pack = heaviest(setting, run.base)
+    if setting.device != "cuda":
+        return []
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     run.trainer.train_step(99, [pack, pack])
@@ -232,29 +234,25 @@ def _memory(setting: Setting, run: Run, way: Way) -> list[dict[str, Any]]:
     limits = {} if way.peak_gib is None else {"at_most": way.peak_gib}
     figures = [setting.speed("peak memory, heaviest pack", peak, "GiB", **limits)]
     if way.predicted_gib:
-        figures.append(
-            setting.speed(
-                "peak memory, measured / predicted", peak / way.predicted_gib, "", at_least=0.97, at_most=1.03
-            )
-        )
+        share = peak / way.predicted_gib
+        figures.append(setting.speed("peak memory, measured / predicted", share, "", at_least=0.97, at_most=1.03))
     return figures
 
 
 def _silent(setting: Setting, run: Run, pack: Batch) -> list[dict[str, Any]]:
     """Forward and backward where torch turns every wait for the device into an error."""
+    if setting.device != "cuda":
+        return []
     step = run.trainer.train_step
-    here = pack.to(run.accelerator.device)
     setting.synchronize()
-    if setting.device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        step._forward_backward(here, 1000.0, is_last=True)
+        step._forward_backward(pack.to(run.accelerator.device), 1000.0, is_last=True)
         fault = ""
     except RuntimeError as error:
         fault = str(error)
     finally:
-        if setting.device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("default")
         step.optimizer.zero_grad()
     if fault:
         print(f"a wait for the device: {fault}", flush=True)
@@ -263,10 +261,9 @@ def _silent(setting: Setting, run: Run, pack: Batch) -> list[dict[str, Any]]:
 
 def padded(setting: Setting) -> list[dict[str, Any]]:
     """Forward and backward over the same records the plain, padded way and ours; both without checkpointing."""
-    chosen = Namespace(
-        size=setting.size, device=setting.device, packs=setting.of_size(4, 1), repeats=1, ways=["all"], seed=0
-    )
-    ways = {row["way"]: row for row in figures_of(Namespace(**vars(chosen), peak_tflops=None))["ways"]}
+    chosen = Namespace(size=setting.size, device=setting.device, packs=setting.of_size(4, 1), repeats=1, seed=0)
+    chosen.ways, chosen.peak_tflops = ["all"], None
+    ways = {row["way"]: row for row in figures_of(chosen)["ways"]}
     free(setting)
     return [
         setting.speed("faster than the padded way", ways["all"]["speed_ratio"], "times", at_least=5),
