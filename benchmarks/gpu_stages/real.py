@@ -124,7 +124,7 @@ def built(setting: Setting, words: Sequence[str], name: str) -> Iterator[Run]:
     with random_weights():
         run = build(*compose_options([*given, *words]))
     try:
-        run.trainer.train_step.model.train()
+        run.trainer.train_step.engine.model.train()
         run.trainer.train_step.work = lambda _: 0.0  # the packs here are not the run's own
         yield run
     finally:
@@ -253,7 +253,7 @@ def _silent(setting: Setting, run: Run, pack: Batch) -> list[dict[str, Any]]:
         fault = str(error)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        step.optimizer.zero_grad()
+        step.engine.update(is_finite=False)
     if fault:
         print(f"a wait for the device: {fault}", flush=True)
     return [figure("forward and backward without a wait", float(not fault), "1 = silent", at_least=1)]

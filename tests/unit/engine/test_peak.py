@@ -62,9 +62,9 @@ def counted(run: Any) -> float:
 
     Two things are not needed, and taken off: the future half of the attention, and the logits made twice.
     """
-    model = run.trainer.train_step.model.train()
+    model = run.trainer.train_step.engine.model.train()
     batches = next(iter(run.trainer.steps_from(0, 0))).batches
-    config = run.trainer.train_step.model.config
+    config = run.trainer.train_step.engine.model.config
     passes = 2 if run.options.lora.modules else 3
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for batch in batches:
@@ -80,7 +80,7 @@ def test_mfu_is_what_torch_counts_over_time_and_peak(tuning: str, tmp_path: Path
     few = [f"lora.rank={RANK}"] if tuning == "lora" else []
     run = build_here([*TEXT, f"lora={tuning}", *few, f"run.dir={tmp_path}", "run.precision=fp32", "run.peak_tflops=2"])
     needed = counted(run)
-    run.trainer.train_step.optimizer.zero_grad()
+    run.trainer.train_step.engine.model.zero_grad()
     assert run.trainer.fit()
     lines = metrics(tmp_path)
     assert lines[0]["mfu"] * lines[0]["time/step_s"] * 2e12 == pytest.approx(needed, rel=0.05)

@@ -10,8 +10,8 @@ from tests.runs import build_here, write_records
 from tests.unit.engine.device_watch import DEVICE, DeviceWatch
 from train.engine.build import Run
 
-WAITS = 2
-"""For the gradient's norm, and for the sums of the step."""
+WAITS = 1
+"""For the gradient's norm and the sums of the step together."""
 
 
 def built(folder: Path, *words: str) -> Run:
@@ -24,9 +24,9 @@ def watched_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[DeviceWatch
     """A second step (the first one makes what lasts) under watch, and what it gave."""
     monkeypatch.setattr(run.accelerator.state, "device", DEVICE)
     step = run.trainer.train_step
-    step.model.train()
+    step.engine.model.train()
     watch = DeviceWatch()
-    watch.hold(*run.trainer.train_step.model.parameters(), *run.trainer.train_step.model.buffers())
+    watch.hold(*step.engine.model.parameters(), *step.engine.model.buffers())
     batches = next(iter(run.trainer.steps_from(0, 0))).batches
     with watch.watching():
         step(0, [batch.pin_memory() for batch in batches])
