@@ -91,7 +91,7 @@ def run_all(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = {"device": chosen.device, "size": chosen.size, "stages": {}}
 
     def tell(found: dict[str, Any]) -> None:
-        for name in found.keys() - report["stages"].keys():
+        for name in [name for name in found if name not in report["stages"]]:
             report["stages"][name] = found[name]
             show(name, found[name])
         if chosen.json:

@@ -88,14 +88,14 @@ def killed_worker(setting: Setting) -> list[dict[str, Any]]:
             [sys.executable, "train/main.py", *words], cwd=ROOT, env=_environment(setting), stdout=out, stderr=out
         )
     try:
-        _until(lambda: len(_steps(run)) >= 3, process, log, 90)
+        _until(lambda: len(_steps(run)) >= 3, process, log, setting.of_size(90, 240))
         workers = psutil.Process(process.pid).children(recursive=True)
         if not workers:
             raise Skipped("the run has no worker")
         workers[-1].kill()
         began, done = time.monotonic(), len(_steps(run))
         # more steps than were decoded ahead
-        _until(lambda: len(_steps(run)) >= done + 12, process, log, 90)
+        _until(lambda: len(_steps(run)) >= done + 12, process, log, setting.of_size(90, 240))
         seconds = time.monotonic() - began
         share = [line["time/data_wait_s"] / line["time/step_s"] for line in _steps(run)[1:3]]
     finally:
