@@ -348,6 +348,8 @@ def _layer_faults(options: Options) -> list[str]:
             f"run.compile: engine={options.engine.name} gathers weights inside of layers, which then cannot be "
             "compiled; use engine=zero2, or leave the option out"
         )
+    if options.lora.use_dora:
+        faults.append("run.compile: peft's DoRA cannot be compiled; use lora=lora, or leave the option out")
     if torch.cuda.is_available() and options.run.precision is Precision.fp32:
         faults.append("run.compile: on CUDA it needs run.precision=bf16, since attention in fp32 waits for the host")
     return faults

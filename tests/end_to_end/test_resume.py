@@ -50,19 +50,6 @@ def go_back(run: Path, step: int) -> Path:
         ("zero2", 2, ["run.precision=bf16"]),
         ("zero3", 2, ["lora=lora", "lora.modules=[llm]", "lora.dropout=0.2", "run.precision=bf16"]),
         ("zero3_offload", 2, []),
-        ("none", 1, ["run.precision=bf16", "run.compile=true"]),
-        (
-            "ddp",
-            2,
-            [
-                "run.compile=true",
-                "run.activation_checkpointing.llm=2",
-                "lora=lora",
-                "lora.modules=[llm]",
-                "lora.dropout=0.2",
-            ],
-        ),
-        ("zero2", 2, ["run.precision=bf16", "run.compile=true"]),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

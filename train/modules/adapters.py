@@ -47,8 +47,8 @@ def add_adapters(
     fully_tuned: modules that peft shall copy and carry with the adapter (`modules_to_save`): what an
     adapter folder needs to be complete. Training leaves it empty and tunes those modules in place.
     in_float32: adapters in float32 beside half-precision weights, for forwards under autocast: where they are their own
-    master weights, and in an exported adapter. Under ZeRO they have the weights' dtype, since it wants one for all that learns, and keeps fp32
-    master weights apart.
+    master weights, and in an exported adapter. Under ZeRO they have the weights' dtype, since it wants one for all that
+    learns, and keeps fp32 master weights apart.
     """
     from peft import get_peft_model
 
