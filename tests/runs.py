@@ -113,7 +113,7 @@ def forget(run: Run) -> None:
 
 def trained_model(run: Run) -> Any:
     """The model that a run without ranks has trained, in eval mode and with its adapters, if it has any, inside."""
-    model = run.trainer.train_step.model.eval()
+    model = run.trainer.train_step.engine.model.eval()
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

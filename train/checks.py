@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
-from train.config import FILE_FORMATS, METRICS, MODULES, Engine, LoraOptions, Options, Precision
+from train.config import FILE_FORMATS, METRICS, MODULES, Engine, LoraOptions, OptimizerName, Options, Precision
 from train.errors import ConfigError
 
 
@@ -253,6 +253,11 @@ def _metric_faults(options: Options) -> list[str]:
 def _launch_faults(options: Options, world_size: int) -> list[str]:
     if options.engine.name is Engine.none and world_size > 1:
         return [f"engine=none is for one process, and {world_size} were launched; use engine=ddp or engine=zero2"]
+    if options.optim.name is not OptimizerName.adamw and options.engine.name.zero_stage:
+        return [
+            f"optim.name={options.optim.name} updates whole parameters, and engine={options.engine.name} shards them "
+            "or their state; use engine=none or engine=ddp, or optim.name=adamw"
+        ]
     if options.lora.use_dora and options.engine.name.zero_stage == 3:
         return [
             f"lora.use_dora reads whole base weights outside the layers that engine={options.engine.name} gathers them "

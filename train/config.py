@@ -58,6 +58,12 @@ class Engine(StrEnum):
         return self.endswith("_offload")
 
 
+class OptimizerName(StrEnum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    muon = "muon"
+
+
 class Tracker(StrEnum):
     none = "none"
     wandb = "wandb"
@@ -192,6 +198,9 @@ class EngineOptions:
 
 @dataclass
 class OptimOptions:
+    name: OptimizerName = OptimizerName.adamw
+    """`adamw`; `adamw_8bit`, whose moments take 2 bytes in place of 8 a parameter (bitsandbytes); `muon` for the
+    matrices of linear layers, and AdamW for the rest. The last two under engine=none and engine=ddp only."""
     schedule: Schedule = Schedule.cosine
     """Shape of the learning rate after the warm-up."""
     warmup_ratio: float = 0.01
@@ -203,7 +212,7 @@ class OptimOptions:
     eps: float = 1e-8
     """AdamW adds it to the root of the mean squared gradient."""
     weight_decay: float = 0.1
-    """AdamW's decay, on matrices only (not on norms, biases, embeddings of positions)."""
+    """Decay of the weights, on matrices only (not on norms, biases, embeddings of positions)."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm; 0 = no clipping."""
 

@@ -46,7 +46,7 @@ def test_exactly_the_tuned_modules_change(flags: tuple[bool, ...], tmp_path: Pat
 
 def test_lora_leaves_the_base_alone_and_changes_the_adapter(tmp_path: Path) -> None:
     run = build_here(["+recipe=lora", *words(tmp_path)])
-    model = run.trainer.train_step.model
+    model = run.trainer.train_step.engine.model
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     run.trainer.fit()
     for name, parameter in model.named_parameters():

@@ -110,7 +110,7 @@ def test_the_export_gives_the_trained_models_logits(tmp_path: Path) -> None:
     data = write_records(tmp_path)
     here = build_here(["+recipe=full", *data, f"run.dir={tmp_path / 'run'}", "run.max_steps=2", "eval.generate=false"])
     here.trainer.fit()
-    model = here.trainer.train_step.model.eval()
+    model = here.trainer.train_step.engine.model.eval()
     fetched = next(iter(here.trainer.steps_from(0, 0)))
     exported = AutoModelForCausalLM.from_pretrained(here.export()).eval()
     with torch.no_grad():

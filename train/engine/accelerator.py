@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DeepSpeedPlugin,
-    DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     set_seed,
 )
@@ -136,7 +135,7 @@ def make_accelerator(options: Options) -> Accelerator:
             *[torch.cuda.device_count()] * 2,
         )
     torch.set_num_threads(options.run.threads or max(1, (os.cpu_count() or 1) // local_world_size()))
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    handlers = []
     if world_size() > 1 or zero_stage(options):
         handlers.append(InitProcessGroupKwargs(backend=None if on_cuda else "gloo", timeout=_PATIENCE))
     plugin = None
@@ -147,7 +146,7 @@ def make_accelerator(options: Options) -> Accelerator:
     first_time = "; the first time on a machine, DeepSpeed compiles an operator, which takes one to three minutes"
     with announced(f"connecting the ranks{first_time if plugin else ''}"):
         accelerator = Accelerator(
-            mixed_precision="bf16" if options.run.precision is Precision.bf16 else "no",
+            mixed_precision="no",  # no autocast: the model computes in the dtype of its weights
             cpu=not on_cuda and plugin is None,
             deepspeed_plugin=plugin,
             kwargs_handlers=handlers,

@@ -17,18 +17,19 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from train.announce import announced
 from train.checks import check, model_folder, tuned_modules
-from train.config import Options, Precision, Tracker
+from train.config import OptimizerName, Options, Precision, Tracker
 from train.data.loader import StepLoader, StepPlan
 from train.data.record_set import RecordSet
 from train.engine.accelerator import make_accelerator, world_size, zero_stage
 from train.engine.build_data import limits_of, make_evaluator, read_data
 from train.engine.checkpoint import Checkpoints
 from train.engine.consistency import check_folder
+from train.engine.engines import DeepSpeedEngine, Engine, OwnEngine
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
 from train.engine.lock import lock
 from train.engine.observers import MetricsFile, Observer, Profiler, Progress
-from train.engine.optimizer import LearningRates, make_optimizer
+from train.engine.optimizer import LearningRates, matrices
 from train.engine.state import shape_of, size_of, trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
@@ -42,7 +43,7 @@ from train.families.registry import find
 from train.modules.adapters import add_adapters, quantize_linear_layers
 from train.modules.layers import checkpoint_layers, compile_layers
 from train.modules.objectives import NextToken
-from train.modules.trainable import canonical_name, choose_trainable, module_of, parameter_groups
+from train.modules.trainable import Group, canonical_name, choose_trainable, module_of, parameter_groups
 from train.run_folder import RunFolder
 from train.sources import load_processor
 
@@ -123,10 +124,10 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         adapter_rate=options.lora.lr,
         weight_decay=options.optim.weight_decay,
         shape_of=shape_of,
+        by_muon=matrices(model) if options.optim.name is OptimizerName.muon else (),
     )
-    optimizer = make_optimizer(groups, options.optim)
     with announced(f"starting engine={options.engine.name} (an offload engine compiles its optimizer the first time)"):
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        engine = _make_engine(options, accelerator, model, groups)
 
     checkpoints = Checkpoints(
         folder.checkpoints, accelerator, keep_last=options.checkpoint.keep_last, keep_best=options.checkpoint.keep_best
@@ -136,17 +137,15 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         accelerator=accelerator,
         train_step=TrainStep(
             accelerator,
-            wrapped,
-            optimizer,
+            engine,
             LearningRates(groups, options.optim, total_steps),
             objective=NextToken(),
             seed=options.run.seed,
             media=family.media,
             sources=len(train_set.specs),
-            max_grad_norm=options.optim.max_grad_norm,
             stop=stop,
         ),
-        trained=trained_state(accelerator, wrapped, optimizer, zero_stage(options)),
+        trained=trained_state(accelerator, engine, options.optim.name, zero_stage(options)),
         steps_from=partial(_steps_from, plan, train_set, accelerator, options),
         plan_digest=plan.digest(),
         name_of=train_set.name_of,
@@ -239,20 +238,30 @@ def _base_model(options: Options, folder: RunFolder, accelerator: Accelerator) -
     return base
 
 
+def _make_engine(options: Options, accelerator: Accelerator, model: nn.Module, groups: list[Group]) -> Engine:
+    if zero_stage(options):
+        return DeepSpeedEngine(accelerator, model, groups, options.optim)
+    return OwnEngine(accelerator, model, groups, options.optim, _compute_dtype(options))
+
+
+def _compute_dtype(options: Options) -> torch.dtype:
+    return torch.bfloat16 if options.run.precision is Precision.bf16 else torch.float32
+
+
 def _load_model(options: Options, family: Family, base: Path, device: torch.device) -> nn.Module:
-    """The model with what learns chosen: float32 where it is its own master weight, else in the compute dtype.
+    """The model with what is trained chosen: float32 where master weights are made of it, else in the compute dtype.
 
     device: where the model will live; under DeepSpeed, its engine moves what it does not offload.
     """
-    in_bf16 = options.run.precision is Precision.bf16
-    compute_dtype = torch.bfloat16 if in_bf16 else torch.float32
+    compute_dtype = _compute_dtype(options)
     tuned, adapted = tuned_modules(options), options.lora.modules
-    is_master = in_bf16 and not zero_stage(options)  # DeepSpeed keeps fp32 master weights of its own
+    # DeepSpeed wants one dtype, and makes its master weights of that
+    for_masters = compute_dtype != torch.float32 and not zero_stage(options)
     in_full = {name for name in tuned if name not in adapted}
     model = family.load_model(
         base,
         dtype=compute_dtype,
-        in_float32=(lambda name: module_of(name, family.rules) in in_full) if is_master else None,
+        in_float32=(lambda name: module_of(name, family.rules) in in_full) if for_masters else None,
         device=None if zero_stage(options) else device,
     )
     model.liger_loss = options.run.liger_loss
@@ -260,7 +269,7 @@ def _load_model(options: Options, family: Family, base: Path, device: torch.devi
         quantize_linear_layers(model, family.rules, "llm", compute_dtype=compute_dtype, device=device)
     adapted_model: nn.Module = model
     if adapted:
-        adapted_model = add_adapters(model, family.rules, lora_settings(options, family), in_float32=is_master)
+        adapted_model = add_adapters(model, family.rules, lora_settings(options, family), in_float32=for_masters)
     choose_trainable(adapted_model, family.rules, tuned=tuned, adapted=adapted)
     trained = [canonical_name(name) for name, value in adapted_model.named_parameters() if value.requires_grad]
     check_base(base, adapted_model, trained)

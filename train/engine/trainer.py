@@ -96,7 +96,7 @@ class Trainer:
                 f"from the run's export, with model.path={checkpoint.parent.parent / 'export'}"
             )
         with saved_state(checkpoint) as saved:
-            self.trained.load(saved, state["parameters"], state["position"]["updates"])
+            self.trained.load(saved, state, state["position"]["updates"])
         self.quarantine.restore(state["quarantine"])
         self.position = Position(**state["position"])
         self._evaluation = state["evaluation"]
@@ -121,7 +121,7 @@ class Trainer:
         return done
 
     def _run_to_the_end(self) -> bool:
-        self.train_step.model.train()
+        self.train_step.engine.model.train()
         steps = self._fetch()  # the workers start now, and decode while the model is evaluated
         stopped = False
         if self.position.step == 0 and self.intervals.evaluate_first:
@@ -161,7 +161,7 @@ class Trainer:
             "step": self.position.step,
             "position": asdict(self.position),
             "plan": self.plan_digest,
-            "parameters": self.trained.shapes(),
+            **self.trained.description(),
             "quarantine": self.quarantine.state(),
             "evaluation": self._evaluation,
             "best": self._best,
@@ -174,7 +174,7 @@ class Trainer:
         if self.evaluator is None:
             return True
         with announced("evaluating the held-out records"):
-            evaluation = self.evaluator.evaluate(self.train_step.model)
+            evaluation = self.evaluator.evaluate(self.train_step.engine.model)
         if evaluation is None:
             return False
         self._evaluation = evaluation.values

@@ -98,7 +98,7 @@ class Family:
 
         Args:
             dtype: of the weights; None = as stored.
-            in_float32: whether the parameter of a name is float32 whatever `dtype` says; buffers then are, too.
+            in_float32: whether the parameter of a name is float32 whatever `dtype` says.
             device: None = the CPU, or under ZeRO-3 where DeepSpeed puts its shards.
 
         Raises CheckpointError where weights are missing, or a file of them is damaged.
@@ -214,11 +214,10 @@ def quieten_transformers() -> None:
 
 
 def _with_float32(model_class: Any, in_float32: Callable[[str], bool]) -> Any:
-    """The class, whose `from_pretrained` loads what `in_float32` names, and all buffers, in float32."""
+    """The class, whose `from_pretrained` loads what `in_float32` names in float32."""
 
     def dtype_plan(self: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
         names = [name for name, _ in self.named_parameters() if in_float32(name)]
-        names += [name for name, _ in self.named_buffers()]
         return {f"^{re.escape(name)}$": torch.float32 for name in names}
 
     # transformers asks this method for what stays float32 in a model of half precision.

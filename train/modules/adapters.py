@@ -46,9 +46,9 @@ def add_adapters(
 
     fully_tuned: modules that peft shall copy and carry with the adapter (`modules_to_save`): what an
     adapter folder needs to be complete. Training leaves it empty and tunes those modules in place.
-    in_float32: adapters in float32 beside half-precision weights, for forwards under autocast: where they are their own
-    master weights, and in an exported adapter. Under ZeRO they have the weights' dtype, since it wants one for all that
-    learns, and keeps fp32 master weights apart.
+    in_float32: adapters in float32 beside half-precision weights: where they are their own master weights, and in an
+    exported adapter. Under ZeRO they have the weights' dtype, since it wants one for all that learns, and keeps fp32
+    master weights apart.
     """
     from peft import get_peft_model
 
@@ -57,12 +57,7 @@ def add_adapters(
         wanted = "; ".join(f"{module}: {', '.join(ends)}" for module, ends in settings.targets.items())
         raise OmniTuneError(f"LoRA has nothing to adapt: no linear layer of the model ends like {wanted}")
     saved = [root for module in fully_tuned for root in _roots(model, rules, module)]
-    adapted = get_peft_model(model, _config(settings, names, saved), autocast_adapter_dtype=in_float32)
-    for layer in adapted.modules():
-        if hasattr(layer, "cast_input_dtype_enabled"):
-            # peft would take the layer's input to the adapter's float32, and autocast back again for the product
-            layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
-    return adapted
+    return get_peft_model(model, _config(settings, names, saved), autocast_adapter_dtype=in_float32)
 
 
 def _config(settings: LoraSettings, names: list[str], saved: Sequence[str] = ()) -> LoraConfig:

@@ -78,12 +78,9 @@ def varlen_attention(
         scale: None means 1/√Dh.
 
     Returns:
-        (T, H, Dh), in autocast's dtype where that is on.
+        (T, H, Dh)
     """
     segments_k = segments_k or segments_q
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _has_varlen_kernel(q.device):
         options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
         if q.shape[1] != k.shape[1]:

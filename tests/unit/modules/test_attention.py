@@ -72,12 +72,6 @@ def test_the_operator_of_compiled_layers_gives_the_same_with_its_gradients(causa
     torch.library.opcheck(_opaque_attention, (*inputs, *(s.cu_seqlens for s in segments), causal, 0.3))
 
 
-def test_autocast_decides_the_dtype():
-    q = random_heads(4, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert varlen_attention(q, q, q, Segments.of([4], CPU)).dtype == torch.bfloat16
-
-
 def test_without_segments_it_is_sdpa_with_a_mask():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 4, 6, 8) for _ in range(3))
