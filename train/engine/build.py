@@ -42,6 +42,7 @@ from train.export.model_folder import check_base, write_random_model
 from train.families.family import Family
 from train.families.registry import find
 from train.modules.adapters import add_adapters, quantize_linear_layers
+from train.modules.layers import checkpoint_layers, compile_layers
 from train.modules.objectives import NextToken
 from train.modules.trainable import Group, canonical_name, choose_trainable, module_of, parameter_groups
 from train.run_folder import RunFolder
@@ -274,10 +275,6 @@ def _load_model(options: Options, family: Family, base: Path, device: torch.devi
         device=None if zero_stage(options) else device,
     )
     model.liger_loss = options.run.liger_loss
-    if options.run.activation_checkpointing:
-        # newer versions of transformers renamed it, and warn of the old name
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
     if options.lora.load_in_4bit:
         quantize_linear_layers(model, family.rules, "llm", compute_dtype=compute_dtype, device=device)
     adapted_model: nn.Module = model
@@ -286,6 +283,9 @@ def _load_model(options: Options, family: Family, base: Path, device: torch.devi
     choose_trainable(adapted_model, family.rules, tuned=tuned, adapted=adapted)
     trained = [canonical_name(name) for name, value in adapted_model.named_parameters() if value.requires_grad]
     check_base(base, adapted_model, trained)
+    checkpoint_layers(model, **options.run.activation_checkpointing.intervals())
+    if options.run.compile:
+        compile_layers(model)
     return adapted_model
 
 
