@@ -8,11 +8,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from train.engine.accelerator import hosts_are_connected
 from train.engine.engines import Engine
 from train.engine.optimizer import LearningRates
 from train.engine.stop import StopRequest
@@ -139,11 +141,15 @@ class TrainStep:
         return loss.each
 
     def _counts(self, of_rank: Tensor) -> Tensor:
-        """The sums of all ranks' counts, on the host: where one rank is all, they never leave it."""
-        return of_rank if self.accelerator.num_processes == 1 else self._fetch(self._reduced(of_rank))
+        """The sums of all ranks' counts, on the host: they leave it only where hosts cannot sum them."""
+        if self.accelerator.num_processes == 1:
+            return of_rank
+        if hosts_are_connected():
+            return self._reduced(of_rank)
+        return self._fetch(self._reduced(of_rank.to(self.accelerator.device)))
 
     def _reduced(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+        return cast(Tensor, self.accelerator.reduce(values, reduction="sum"))
 
     def _on_host(self, grad_norm: Tensor, sums: Tensor) -> tuple[float, Tensor]:
         """The norm and the sums in one copy: the host's one wait for the device in a step."""
