@@ -92,12 +92,12 @@ def test_weight_decay_does_not_move_what_no_sample_uses(engine: str, tmp_path: P
 def test_old_moments_do_not_move_what_no_sample_uses(tmp_path: Path) -> None:
     run = build_here([*words(tmp_path), "optim.schedule=constant"])
     step, records = run.trainer.train_step, run.trainer.steps_from(0, 0).records
-    step.model.train()
+    step.engine.model.train()
     kinds = run.trainer.steps_from(0, 0).plan.measured.types
 
     def train_on(number: int, kind: str) -> dict[str, Tensor]:
         step(number, [records.batch([index for index, found in enumerate(kinds) if found == kind])[0]])
-        return {name: parameter.detach().clone() for name, parameter in step.model.named_parameters()}
+        return {name: parameter.detach().clone() for name, parameter in step.engine.model.named_parameters()}
 
     states = [train_on(0, "spoken_picture"), train_on(1, "typed_picture"), train_on(2, "text")]
     for (before, after), idle in zip(pairwise(states), [{"audio"}, {"audio", "vision"}], strict=True):

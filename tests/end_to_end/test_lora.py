@@ -137,6 +137,6 @@ def test_two_ranks(lora: str, engine: str, precision: str, tmp_path: Path) -> No
     assert losses(again) == losses(run)[2:]
     assert metrics(again)[-1]["eval/loss"] == metrics(run)[-1]["eval/loss"]
     if precision == "fp32":
-        alone = [*how, *words(tmp_path, "alone"), "checkpoint.save_every=0", "run.activation_checkpointing=true"]
+        alone = [*how, *words(tmp_path, "alone"), "checkpoint.save_every=0", "run.activation_checkpointing=full"]
         build_here(alone).trainer.fit()
         assert losses(run) == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)

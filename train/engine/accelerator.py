@@ -30,6 +30,15 @@ _PATIENCE = timedelta(hours=3)
 disk. A rank that is gone is noticed at once, by its closed connections and by the launcher."""
 
 
+_OVER_BOTH = "cpu:gloo,cuda:nccl"
+"""Ranks on GPUs that can sum tensors of their hosts too, without a wait for the device."""
+
+
+def hosts_are_connected() -> bool:
+    """Whether the ranks can sum tensors that lie on their hosts."""
+    return "gloo" in str(torch.distributed.get_backend_config())
+
+
 def zero_stage(options: Options) -> int:
     """ZeRO stage of the engine; 0 where DeepSpeed is not used."""
     return options.engine.name.zero_stage
@@ -137,7 +146,8 @@ def make_accelerator(options: Options) -> Accelerator:
     torch.set_num_threads(options.run.threads or max(1, (os.cpu_count() or 1) // local_world_size()))
     handlers = []
     if world_size() > 1 or zero_stage(options):
-        handlers.append(InitProcessGroupKwargs(backend=None if on_cuda else "gloo", timeout=_PATIENCE))
+        on_gpus = None if zero_stage(options) else _OVER_BOTH  # DeepSpeed chooses for itself
+        handlers.append(InitProcessGroupKwargs(backend=on_gpus if on_cuda else "gloo", timeout=_PATIENCE))
     plugin = None
     if zero_stage(options):
         drop_stale_locks()

@@ -30,6 +30,7 @@ from train.engine.evaluator import Evaluator
 from train.engine.lock import lock
 from train.engine.observers import MetricsFile, Observer, Profiler, Progress
 from train.engine.optimizer import LearningRates, matrices
+from train.engine.peak import peak_flops
 from train.engine.state import shape_of, size_of, trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
@@ -41,9 +42,11 @@ from train.export.model_folder import check_base, write_random_model
 from train.families.family import Family
 from train.families.registry import find
 from train.modules.adapters import add_adapters, quantize_linear_layers
+from train.modules.layers import checkpoint_layers, compile_layers
 from train.modules.objectives import NextToken
 from train.modules.trainable import Group, canonical_name, choose_trainable, module_of, parameter_groups
 from train.run_folder import RunFolder
+from train.schema import Batch
 from train.sources import load_processor
 
 log = logging.getLogger(__name__)
@@ -105,6 +108,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     _check_keep_best(options, evaluator)
     with announced(f"loading the weights of '{base}'"):
         model = _load_model(options, family, base, accelerator.device)
+    flops = family.flops(family.skeleton(base), tuned_modules(options), options.lora.modules)
     plan = StepPlan(
         measured,
         [spec.weight for spec in train_set.specs],
@@ -113,7 +117,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         seed=options.run.seed,
         epochs=options.run.epochs,
         max_steps=options.run.max_steps,
-        costs=family.flops(family.skeleton(base), tuned_modules(options)).of(measured.lengths),
+        costs=flops.of(measured.lengths),
     )
     total_steps = (options.debug.one_batch and options.run.max_steps) or plan.total_steps()
     groups = parameter_groups(
@@ -142,6 +146,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
             seed=options.run.seed,
             media=family.media,
             sources=len(train_set.specs),
+            work=partial(_flops_of, plan, flops.head),
             stop=stop,
         ),
         trained=trained_state(accelerator, engine, options.optim.name, zero_stage(options)),
@@ -162,6 +167,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         evaluator=evaluator,
         predictions=folder.predictions,
         observers=[],
+        peak_flops=_peak_flops(options, accelerator),
     )
     if found:
         with announced(f"reading '{found}'"):
@@ -177,6 +183,11 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     _describe(options, accelerator, model, plan, total_steps)
     records = eval_set or train_set
     return Run(options, accelerator, trainer, folder, base, records, stop, trainer.is_finished)
+
+
+def _flops_of(plan: StepPlan, head: float, batch: Batch) -> float:
+    """Floating-point operations of a pack; head: of each supervised token, in the head."""
+    return plan.cost(batch.records) + (head * len(batch.targets) if batch.records else 0.0)
 
 
 def _check_family(options: Options, family: Family) -> None:
@@ -264,10 +275,6 @@ def _load_model(options: Options, family: Family, base: Path, device: torch.devi
         device=None if zero_stage(options) else device,
     )
     model.liger_loss = options.run.liger_loss
-    if options.run.activation_checkpointing:
-        # newer versions of transformers renamed it, and warn of the old name
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
     if options.lora.load_in_4bit:
         quantize_linear_layers(model, family.rules, "llm", compute_dtype=compute_dtype, device=device)
     adapted_model: nn.Module = model
@@ -276,6 +283,9 @@ def _load_model(options: Options, family: Family, base: Path, device: torch.devi
     choose_trainable(adapted_model, family.rules, tuned=tuned, adapted=adapted)
     trained = [canonical_name(name) for name, value in adapted_model.named_parameters() if value.requires_grad]
     check_base(base, adapted_model, trained)
+    checkpoint_layers(model, **options.run.activation_checkpointing.intervals())
+    if options.run.compile:
+        compile_layers(model)
     return adapted_model
 
 
@@ -304,6 +314,14 @@ def _observers(options: Options, resolved: dict[str, Any], folder: RunFolder, tr
 
         observers.append(WandbTracker(options.tracker, name=options.run.name, folder=folder.path, config=resolved))
     return observers
+
+
+def _peak_flops(options: Options, accelerator: Accelerator) -> float | None:
+    """Operations a second that the devices of all ranks can do at most."""
+    of_one = peak_flops(options, accelerator.device)
+    if of_one is None and accelerator.device.type == "cuda":
+        log.info("run.peak_tflops is not set, and nothing known for this device and precision: no MFU is reported")
+    return of_one and of_one * accelerator.num_processes
 
 
 def _describe(options: Options, accelerator: Accelerator, model: nn.Module, plan: StepPlan, steps: int) -> None:

@@ -211,6 +211,8 @@ class Evaluator:
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 synced_gpus=self._shards_weights(),
+                cache_implementation="static",  # does not copy all keys and values for each token
+                disable_compile=True,  # transformers would compile for each length of the prompts, on CUDA
             )
             for index, record, ids in zip(prompts.batch.records, prompts.records, answers, strict=False):
                 answer = str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -48,7 +48,7 @@ class Family:
     rules: Rules
     """Ordered (pattern of parameter names, module); every parameter must be covered."""
     flops_function: str
-    """Predicts a step's work: (model, tuned modules) to `modules.flops.Flops`."""
+    """Predicts a step's work: (model, tuned modules, adapted ones) to `modules.flops.Flops`."""
     media: Mapping[str, Kind]
     """The kind of media that a module needs in a step to have anything to learn from; one not named always learns."""
     lora_targets: Mapping[str, tuple[str, ...]]
@@ -138,9 +138,11 @@ class Family:
         with register_module_parameter_registration_hook(_on_meta):  # type: ignore[arg-type]  # it may answer
             return model_class(self.config(folder))
 
-    def flops(self, model: nn.Module, tuned: Collection[str]) -> Flops:
-        """Predicted floating-point work of a training step in which the `tuned` modules learn."""
-        return _resolve(self.flops_function)(model, tuned)
+    def flops(self, model: nn.Module, tuned: Collection[str], adapted: Collection[str] = ()) -> Flops:
+        """Predicted floating-point work of a training step in which the `tuned` modules learn, the `adapted` ones of
+        them through adapters alone.
+        """
+        return _resolve(self.flops_function)(model, tuned, adapted)
 
     def conversion(self, form: str) -> Any:
         """The `conversion.Conversion` to a form."""
