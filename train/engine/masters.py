@@ -1,7 +1,8 @@
 """fp32 master weights and fp32 gradients of what is trained, where no DeepSpeed engine keeps them."""
 
+import weakref
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -36,8 +37,9 @@ class MasterWeights:
         self._missing: list[int] | None = None
         """In the last backward of a step: gradients that each bucket still waits for."""
         self._sums: list[dist.Work] = []
+        take = weakref.WeakMethod(self._take)  # a cycle through torch's own objects would never be freed
         for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._take)
+            parameter.register_post_accumulate_grad_hook(lambda found: cast(Any, take())(found))
 
     def __getitem__(self, parameter: nn.Parameter) -> nn.Parameter:
         """The master weight of a parameter."""
