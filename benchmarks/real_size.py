@@ -86,11 +86,17 @@ SIZES = {
         {"n_state": 320, "n_head": 5, "n_layer": 6, "output_dim": 512},
         shard_bytes=30 * 10**6,
     ),
+    "tiny": Size(
+        _llm(1024, 64, 176, 2, 2, 1),
+        _vision(32, 120, 2, 1),
+        {"n_state": 32, "n_head": 1, "n_layer": 2, "output_dim": 64},
+        shard_bytes=30 * 10**6,
+    ),
 }
 
 
-def write_model(size: Size, folder: Path) -> int:
-    """Write a random bfloat16 model in the published layout, shard by shard; returns its number of parameters."""
+def write_settings(size: Size, folder: Path) -> None:
+    """Write all of a model folder but the weights."""
     folder.mkdir(parents=True)
     for file in TINY.iterdir():
         shutil.copyfile(file, folder / file.name)
@@ -102,6 +108,10 @@ def write_model(size: Size, folder: Path) -> int:
     settings = json.loads((TINY / "preprocessor_config.json").read_text())
     _write_json(folder / "preprocessor_config.json", settings | {"scale_resolution": 448, "image_feature_size": 64})
 
+
+def write_model(size: Size, folder: Path) -> int:
+    """Write a random bfloat16 model in the published layout, shard by shard; returns its number of parameters."""
+    write_settings(size, folder)
     skeleton = find(folder).skeleton(folder)
     shards: list[dict[str, torch.Tensor]] = [{}]
     random = torch.Generator().manual_seed(0)

@@ -18,14 +18,16 @@ from measure import finish, print_table, use_one_core
 from step import build, model_config
 from workload import draw
 
-from train.config import DataOptions
+from train.config import DataOptions, OptimizerName, OptimOptions
 from train.data.loader import StepLoader, StepPlan
 from train.data.plan import Limits
 from train.data.record_set import Measured, RecordSet, SourceSpec
 from train.engine.checkpoint import Checkpoints
+from train.engine.engines import OwnEngine
 from train.engine.state import trained_state
 from train.export.checkpoint_reader import saved_state
 from train.families.registry import find
+from train.modules.trainable import Group
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = (10, 100_000)
@@ -77,21 +79,22 @@ def saving(size: str) -> dict[str, Any]:
     """Seconds that a save keeps training waiting, that writing goes on beside it, and that reading back takes."""
     accelerator = Accelerator(cpu=True)
     model = build(model_config(size), "cpu")
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
-    optimizer.step()
-    trained = trained_state(accelerator, model, optimizer, zero_stage=0)
+    groups = [Group("all", "llm", 1e-4, 0.0, False, list(model.parameters()))]
+    engine = OwnEngine(accelerator, model, groups, OptimOptions(), torch.float32)
+    engine.update(is_finite=True)
+    trained = trained_state(accelerator, engine, OptimizerName.adamw, zero_stage=0)
     folder = Path(tempfile.mkdtemp())
     try:
         checkpoints = Checkpoints(folder, accelerator, keep_last=1)
         began = time.perf_counter()
-        checkpoints.save(trained.tensors, {"step": 1, "parameters": trained.shapes(), "world_size": 1})
+        checkpoints.save(trained.tensors, {"step": 1, **trained.description(), "world_size": 1})
         waited = time.perf_counter()
         newest = checkpoints.newest()
         written = time.perf_counter()
         checkpoints.find("auto")
         checked = time.perf_counter()
         with saved_state(newest) as saved:
-            trained.load(saved, trained.shapes(), updates=1)
+            trained.load(saved, trained.description(), updates=1)
         return {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "file_mib": sum(file.stat().st_size for file in newest.iterdir()) / 2**20,

@@ -2,8 +2,9 @@
 
     python data/make_tiny.py [--data data]
 
-They have the architectures of Megrez-3B-Omni (`tiny`), Megrez-3B-Instruct (`tiny_instruct`) and MiniCPM-2B
-(`tiny_minicpm`). Their tokenizers know the words of the samples as single tokens, and spell any other text in bytes.
+They have the architectures of Megrez-3B-Omni (`tiny`), Megrez-3B-Instruct (`tiny_instruct`), MiniCPM-2B
+(`tiny_minicpm`) and the thinker of Qwen2.5-Omni (`tiny_qwen_omni`). Their tokenizers know the words of the samples as
+single tokens, and spell any other text in bytes.
 """
 
 import argparse
@@ -19,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train.data.readers import open_source
 from train.families.megrezo.template import CHAT_TEMPLATE_JINJA, DEFAULT_SYSTEM_PROMPT
 from train.families.minicpm.template import MINICPM_TEMPLATE_JINJA
+from train.families.qwen_omni.template import CHAT_TEMPLATE_JINJA as QWEN_OMNI_TEMPLATE_JINJA
+from train.families.qwen_omni.template import DEFAULT_SYSTEM_PROMPT as QWEN_OMNI_SYSTEM_PROMPT
 
 SPECIAL_TOKENS = (
     *("<|eos|>", "<|unk|>", "<|pad|>", "<|role_start|>", "<|role_end|>", "<|turn_end|>"),
@@ -34,6 +37,22 @@ TEMPLATE_TEXTS = (
     *("system", "user", "assistant", "observation"),
 )
 """What the chat template and the prompts of the published model add to a record's own texts."""
+
+QWEN_SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
+    *("<|vision_bos|>", "<|vision_eos|>", "<|vision_pad|>", "<|IMAGE|>", "<|VIDEO|>"),
+)
+QWEN_NAMED_TOKENS = {
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
+"""By which transformers' own processor finds them."""
 
 LLAMA_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
@@ -63,7 +82,7 @@ def corpus(found: list[str]) -> list[str]:
     return found + 2 * (list(TEMPLATE_TEXTS) + words + [f" {word}" for word in words])
 
 
-def byte_level_tokenizer(found: list[str]) -> Tokenizer:
+def byte_level_tokenizer(found: list[str], special_tokens: tuple[str, ...] = SPECIAL_TOKENS) -> Tokenizer:
     """Byte-level BPE that keeps every text as it is; the special tokens follow the vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,7 +94,7 @@ def byte_level_tokenizer(found: list[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(found), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
     return tokenizer
 
 
@@ -199,6 +218,79 @@ def minicpm_config(tokenizer: Tokenizer) -> dict:
     }
 
 
+def qwen_ends(tokenizer: Tokenizer) -> dict:
+    """The tokens that end an answer, and the one that fills up a row."""
+    end, padding = map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>"))
+    return {"eos_token_id": [end, padding], "pad_token_id": padding}
+
+
+def qwen_omni_config(tokenizer: Tokenizer) -> dict:
+    """The thinker of Qwen2.5-Omni; heads, windows and positions in three rows as published, all else small."""
+    text = llm_config(tokenizer)
+    text = {name: value for name, value in text.items() if name not in ("dtype", "head_dim")}
+    text |= {"rope_theta": 1e6, "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default"}}
+    text |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, **qwen_ends(tokenizer)}
+    names = {"audio_token_index": "<|AUDIO|>", "image_token_index": "<|IMAGE|>", "video_token_index": "<|VIDEO|>"}
+    names |= {"audio_start_token_id": "<|audio_bos|>", "audio_end_token_id": "<|audio_eos|>"}
+    names |= {"vision_start_token_id": "<|vision_bos|>", "vision_end_token_id": "<|vision_eos|>"}
+    return {
+        "architectures": ["Qwen2_5OmniForConditionalGeneration"],
+        "model_type": "qwen2_5_omni",
+        "dtype": "float32",
+        "enable_audio_output": False,
+        "thinker_config": {
+            "model_type": "qwen2_5_omni_thinker",
+            "initializer_range": INITIAL_STD,
+            **{key: tokenizer.token_to_id(name) for key, name in names.items()},
+            "text_config": {"model_type": "qwen2_5_omni_text", **text},
+            "vision_config": {
+                "model_type": "qwen2_5_omni_vision_encoder",
+                "depth": 3,
+                "hidden_size": 96,
+                "num_heads": 3,
+                "intermediate_size": 256,
+                "out_hidden_size": 128,
+                "patch_size": PATCH,
+                "window_size": 56,
+                "fullatt_block_indexes": [2],
+                "initializer_range": INITIAL_STD,
+            },
+            "audio_config": {
+                "model_type": "qwen2_5_omni_audio_encoder",
+                "d_model": 96,
+                "encoder_layers": 3,
+                "encoder_attention_heads": 3,
+                "encoder_ffn_dim": 256,
+                "output_dim": 128,
+                "initializer_range": INITIAL_STD,
+            },
+        },
+    }
+
+
+QWEN_PREPROCESSOR_CONFIG = {
+    "processor_class": "Qwen2_5OmniProcessor",
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "min_pixels": 56**2,
+    "max_pixels": 112**2,
+    "patch_size": PATCH,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "feature_size": 128,
+    "sampling_rate": 16000,
+    "hop_length": 160,
+    "n_fft": 400,
+    "chunk_length": 300,
+    "n_samples": 4800000,
+    "nb_max_frames": 30000,
+    "padding_value": 0.0,
+    "return_attention_mask": True,
+}
+
+
 def megrez_tokenizer_config(**more: str) -> dict:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -261,6 +353,26 @@ def main() -> None:
         generation_config=megrez_generation_config(tokenizer),
         preprocessor_config=PREPROCESSOR_CONFIG,
         tokenizer_config=megrez_tokenizer_config(processor_class="MegrezOProcessor"),
+    )
+    found = texts(args.data / "sample/train.jsonl") + 2 * [QWEN_OMNI_SYSTEM_PROMPT]
+    tokenizer = byte_level_tokenizer(found, QWEN_SPECIAL_TOKENS)
+    write(
+        args.out / "tiny_qwen_omni",
+        tokenizer,
+        QWEN_OMNI_TEMPLATE_JINJA,
+        config=qwen_omni_config(tokenizer),
+        generation_config=qwen_ends(tokenizer) | {"do_sample": False},
+        preprocessor_config=QWEN_PREPROCESSOR_CONFIG,
+        tokenizer_config={
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "processor_class": "Qwen2_5OmniProcessor",
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "extra_special_tokens": QWEN_NAMED_TOKENS,
+            "model_max_length": 4096,
+            "clean_up_tokenization_spaces": False,
+        },
     )
     found = texts(args.data / "text/train.json")
     tokenizer = byte_level_tokenizer(found + texts(args.data / "websearch/train.jsonl"))

@@ -45,6 +45,22 @@ def write_small_model(folder: Path) -> Path:
     return model
 
 
+def write_small_qwen_omni(folder: Path) -> Path:
+    """The same of Qwen2.5-Omni."""
+    model = folder / "model"
+    shutil.copytree(ROOT / "data" / "tiny_qwen_omni", model)
+    config = json.loads((model / "config.json").read_text())
+    thinker = config["thinker_config"]
+    thinker["text_config"] |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    thinker["text_config"] |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    thinker["vision_config"] |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
+    thinker["vision_config"] |= {"depth": 2, "num_heads": 1, "fullatt_block_indexes": [1]}
+    thinker["audio_config"] |= {"d_model": 32, "encoder_ffn_dim": 64, "output_dim": 64}
+    thinker["audio_config"] |= {"encoder_layers": 1, "encoder_attention_heads": 1}
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
 def write_endless_model(folder: Path) -> Path:
     """A small random model that never ends its turn; returns its folder."""
     export = folder / "export"
@@ -113,7 +129,7 @@ def forget(run: Run) -> None:
 
 def trained_model(run: Run) -> Any:
     """The model that a run without ranks has trained, in eval mode and with its adapters, if it has any, inside."""
-    model = run.trainer.train_step.model.eval()
+    model = run.trainer.train_step.engine.model.eval()
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

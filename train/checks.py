@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
-from train.config import FILE_FORMATS, METRICS, MODULES, Engine, LoraOptions, Options
+from train.config import FILE_FORMATS, METRICS, MODULES, Engine, LoraOptions, OptimizerName, Options, Precision
 from train.errors import ConfigError
 
 
@@ -62,6 +62,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_last": (0, _COUNT),
     "eval.every": (0, _COUNT),
     "run.max_not_finite": (0, _COUNT),
+    "run.peak_tflops": (0.001, 10**6),
     "run.threads": (0, 512),
     "eval.max_records": (0, _COUNT),
     "eval.max_new_tokens": (1, 10**6),
@@ -92,6 +93,7 @@ def check(options: Options, world_size: int = 1, environment: Mapping[str, str] 
         *_deepspeed_faults(options),
         *_accelerate_faults(options, environment or {}),
         *_liger_faults(options),
+        *_layer_faults(options),
     ]
     if faults:
         raise ConfigError(faults)
@@ -259,6 +261,11 @@ def _metric_faults(options: Options) -> list[str]:
 def _launch_faults(options: Options, world_size: int) -> list[str]:
     if options.engine.name is Engine.none and world_size > 1:
         return [f"engine=none is for one process, and {world_size} were launched; use engine=ddp or engine=zero2"]
+    if options.optim.name is not OptimizerName.adamw and options.engine.name.zero_stage:
+        return [
+            f"optim.name={options.optim.name} updates whole parameters, and engine={options.engine.name} shards them "
+            "or their state; use engine=none or engine=ddp, or optim.name=adamw"
+        ]
     if options.lora.use_dora and options.engine.name.zero_stage == 3:
         return [
             f"lora.use_dora reads whole base weights outside the layers that engine={options.engine.name} gathers them "
@@ -316,9 +323,8 @@ def _accelerate_faults(options: Options, environment: Mapping[str, str]) -> list
         f"--gradient_clipping {clipping}: optim.max_grad_norm is {options.optim.max_grad_norm}; make them the same": (
             clipping not in ("none", "auto") and float(clipping) != options.optim.max_grad_norm
         ),
-        f"--dynamo_backend {told.get('DYNAMO_BACKEND')}: compiling is not supported; leave the flag out": (
-            told.get("DYNAMO_BACKEND", "no") != "no"
-        ),
+        f"--dynamo_backend {told.get('DYNAMO_BACKEND')}: it is not read; leave the flag out, and set "
+        "run.compile=true": (told.get("DYNAMO_BACKEND", "no") != "no"),
         "several processes were asked for, and one was started; add --multi_gpu (on a CPU too), or --use_deepspeed "
         "with a zero engine": bool(told) and "MASTER_PORT" in environment and "WORLD_SIZE" not in environment,
     }
@@ -340,3 +346,23 @@ def _liger_faults(options: Options) -> list[str]:
             "leave the option out"
         ]
     return []
+
+
+def _layer_faults(options: Options) -> list[str]:
+    faults = [
+        f"run.activation_checkpointing.{part} is '{value}'; use none, full, or n for every n-th layer (2, 3, ...)"
+        for part, value in vars(options.run.activation_checkpointing).items()
+        if value not in ("none", "full") and not (value.isdecimal() and int(value))
+    ]
+    if not options.run.compile:
+        return faults
+    if options.engine.name.zero_stage == 3:
+        faults.append(
+            f"run.compile: engine={options.engine.name} gathers weights inside of layers, which then cannot be "
+            "compiled; use engine=zero2, or leave the option out"
+        )
+    if options.lora.use_dora:
+        faults.append("run.compile: peft's DoRA cannot be compiled; use lora=lora, or leave the option out")
+    if torch.cuda.is_available() and options.run.precision is Precision.fp32:
+        faults.append("run.compile: on CUDA it needs run.precision=bf16, since attention in fp32 waits for the host")
+    return faults

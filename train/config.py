@@ -58,6 +58,12 @@ class Engine(StrEnum):
         return self.endswith("_offload")
 
 
+class OptimizerName(StrEnum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    muon = "muon"
+
+
 class Tracker(StrEnum):
     none = "none"
     wandb = "wandb"
@@ -192,6 +198,9 @@ class EngineOptions:
 
 @dataclass
 class OptimOptions:
+    name: OptimizerName = OptimizerName.adamw
+    """`adamw`; `adamw_8bit`, whose moments take 2 bytes in place of 8 a parameter (bitsandbytes); `muon` for the
+    matrices of linear layers, and AdamW for the rest. The last two under engine=none and engine=ddp only."""
     schedule: Schedule = Schedule.cosine
     """Shape of the learning rate after the warm-up."""
     warmup_ratio: float = 0.01
@@ -203,9 +212,22 @@ class OptimOptions:
     eps: float = 1e-8
     """AdamW adds it to the root of the mean squared gradient."""
     weight_decay: float = 0.1
-    """AdamW's decay, on matrices only (not on norms, biases, embeddings of positions)."""
+    """Decay of the weights, on matrices only (not on norms, biases, embeddings of positions)."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm; 0 = no clipping."""
+
+
+@dataclass
+class CheckpointingOptions:
+    llm: str = "none"
+    """Of the language model: `none`, `full`, or a number n for every n-th layer."""
+    towers: str = "none"
+    """The same of the vision and the audio tower."""
+
+    def intervals(self) -> dict[str, int]:
+        """n of every n-th layer by part: 1 where all layers are meant, 0 where none is."""
+        words = {"none": 0, "full": 1}
+        return {part: words[value] if value in words else int(value) for part, value in vars(self).items()}
 
 
 @dataclass
@@ -228,12 +250,19 @@ class RunOptions:
     """Steps in a row that may be left out because a loss or gradient is not finite; then the run stops."""
     precision: Precision = Precision.bf16
     """Precision of the computation; master weights and moments are always fp32."""
-    activation_checkpointing: bool = False
-    """Keep only each block's input and compute the rest again in the backward: less memory, a third more work."""
+    activation_checkpointing: CheckpointingOptions = field(default_factory=CheckpointingOptions)
+    """Layers of which only the input is kept, the rest computed again in the backward: less memory, with `full` a third
+    more work. One value is for language model and towers alike: run.activation_checkpointing=full"""
+    compile: bool = False
+    """Compile each layer of language model and towers by torch.compile (minutes in the first step, a C++ compiler on a
+    CPU); evaluation is not compiled. Not under ZeRO-3."""
     liger_loss: bool = False
     """Head and loss by Liger's fused kernel (CUDA, liger-kernel from 0.8.2 on) in place of the built-in chunks."""
     deterministic: bool = False
     """Refuse CUDA operations whose result varies from run to run."""
+    peak_tflops: float | None = None
+    """Dense 10^12 floating-point operations a second that one device can do at most, for the MFU in metrics.jsonl;
+    null = the data sheet's for known GPUs in bf16, and no MFU elsewhere."""
     threads: int = 0
     """CPU threads of each rank's tensor operations; 0 = cores of the machine divided by its ranks."""
 

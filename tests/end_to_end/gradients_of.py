@@ -28,24 +28,25 @@ def main(out: str, packs_of_ranks: str, *words: str) -> None:
     options, resolved = compose_options(list(words))
     run = build(options, resolved)
     step = run.trainer.train_step
+    engine = step.engine
     gradients = {}
 
-    def keep() -> None:
-        for name, parameter in run.accelerator.unwrap_model(step.model).named_parameters():
+    def keep(**_: object) -> None:
+        for name, parameter in run.accelerator.unwrap_model(engine.model).named_parameters():
             if parameter.requires_grad:
                 gradients[name] = gradient(parameter).detach().float().cpu().clone()
 
-    if hasattr(step.model, "get_global_grad_norm"):
-        from deepspeed.utils import safe_get_full_grad as gradient
-
-        step.model.step = keep
-        step.model.get_global_grad_norm = lambda: 0.0
-    else:
+    if hasattr(engine, "masters"):
 
         def gradient(parameter):
-            return parameter.grad
+            return engine.masters[parameter].grad
 
-        step._update = lambda: keep() or 0.0
+        engine.update = keep
+    else:
+        from deepspeed.utils import safe_get_full_grad as gradient
+
+        engine.model.step = keep
+        engine.model.get_global_grad_norm = lambda: 0.0
 
     records = RecordSet(
         source_specs(options.data.train),
@@ -54,7 +55,7 @@ def main(out: str, packs_of_ranks: str, *words: str) -> None:
         too_long="quarantine",
     )
     mine = json.loads(packs_of_ranks)[int(os.environ.get("RANK", "0"))]
-    step.model.train()
+    engine.model.train()
     result = step(0, [records.batch(pack)[0] for pack in mine])
     if run.accelerator.is_main_process:
         save_file(gradients, out, metadata={"loss": repr(result.loss)})

@@ -48,16 +48,16 @@ def losses(run: Run, setting: Setting) -> dict:
     """Loss and gradient norm of a step of each mix; then an evaluation, with answers of unequal length."""
     step, evaluator = run.trainer.train_step, run.trainer.evaluator
     records, types = evaluator.records, evaluator.measured.types
-    model = run.accelerator.unwrap_model(step.model)
-    model.generation_config.eos_token_id = list(range(0, model.config.vocab_size, 3))
-    step.model.train()
+    model = run.accelerator.unwrap_model(step.engine.model)
+    model.generation_config.eos_token_id = list(range(0, model.config.get_text_config().vocab_size, 3))
+    step.engine.model.train()
     results = []
     for mix in setting.mixes:
         held = [[index for index, kind in enumerate(types) if kind == wanted] for wanted in mix]
         packs = [records.batch(indices)[0] for indices in held]
         mine = packs if world_size() == 1 else [packs[run.accelerator.process_index]]
         results.append(step(len(results), mine))
-    evaluation = evaluator.evaluate(step.model).values
+    evaluation = evaluator.evaluate(step.engine.model).values
     return {
         "losses": [result.loss for result in results],
         "grad_norms": [result.grad_norm for result in results],

@@ -20,9 +20,10 @@ def main(*words: str) -> None:
     """Train with the loss of rank 1 spoiled in one step, and export."""
     run = build(*compose_options(list(words)))
     if run.accelerator.process_index == 1:
-        backward = run.accelerator.backward
-        run.accelerator.backward = lambda loss: backward(
-            loss * float("nan") if run.trainer.position.step == SPOILED else loss
+        engine = run.trainer.train_step.engine
+        backward = engine.backward
+        engine.backward = lambda loss, **how: backward(
+            loss * float("nan") if run.trainer.position.step == SPOILED else loss, **how
         )
     run.trainer.fit()
     run.export()

@@ -19,13 +19,14 @@ def main(*words: str) -> None:
     """Write the checkpoint of the position at which the run resumed, and settings.json beside it."""
     run = build(*compose_options(list(words)))
     trainer = run.trainer
-    optimizer = trainer.train_step.optimizer
-    trainer.train_step.rates.set(optimizer, trainer.position.step)
+    engine = trainer.train_step.engine
+    trainer.train_step.rates.set(engine.param_groups, trainer.position.step)
     settings = [
         {"label": group.label, "lr": target["lr"], "weight_decay": target["weight_decay"]}
-        for target, group in zip(optimizer.param_groups, trainer.train_step.rates.groups, strict=True)
+        for target, group in zip(engine.param_groups, trainer.train_step.rates.groups, strict=True)
     ]
-    counts = sorted({float(state["step"]) for state in inner(optimizer).state.values() if state})
+    states = [state for optimizer in inner(engine) for state in optimizer.state.values()]
+    counts = sorted({float(state["step"]) for state in states if state})
     trainer.checkpoints.folder = run.folder.path / "again"
     trainer.save()
     trainer.checkpoints.newest()
@@ -34,11 +35,14 @@ def main(*words: str) -> None:
     close(run.accelerator)
 
 
-def inner(optimizer):
-    """Torch's or DeepSpeed's own Adam inside what accelerate and ZeRO put around it."""
+def inner(engine):
+    """Torch's or DeepSpeed's own Adams inside what accelerate and ZeRO put around them."""
+    if hasattr(engine, "optimizers"):
+        return engine.optimizers.optimizers
+    optimizer = engine.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    return optimizer
+    return [optimizer]
 
 
 if __name__ == "__main__":

@@ -90,6 +90,16 @@ def test_bf16_trains(engine: str, tmp_path: Path) -> None:
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
 
 
+def test_bf16_beside_fp32_masters_on_two_ranks_equals_one(tmp_path: Path) -> None:
+    """Each pack's gradient is rounded to bf16, but their sum over packs and ranks is not."""
+    for engine, processes in (("none", 1), ("ddp", 2)):
+        command = ["+recipe=full", f"engine={engine}", "run.precision=bf16", *words(tmp_path, engine)]
+        succeed(command, processes=processes)
+    assert losses(tmp_path / "ddp") == pytest.approx(losses(tmp_path / "none"), abs=1e-4)
+    norms = [[line["grad_norm"] for line in metrics(tmp_path / engine) if "loss" in line] for engine in ("none", "ddp")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_lora_on_two_ranks(engine: str, tmp_path: Path) -> None:
     succeed(["+recipe=lora", f"engine={engine}", *words(tmp_path, "run")], processes=2)

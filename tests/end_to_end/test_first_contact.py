@@ -72,10 +72,10 @@ def test_one_bad_record_does_not_end_a_small_set(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join([*texts, lines[0].replace(".png", ".lost")]))
     words = [f"data.train={file}", "data.eval=[]", f"model.random_from={model}", "+recipe=full", "tracker=none"]
-    done = launch([*words, *SHORT, f"run.dir={tmp_path / 'run'}", "run.activation_checkpointing=true"])
+    done = launch([*words, *SHORT, f"run.dir={tmp_path / 'run'}", "run.activation_checkpointing=full"])
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"1 of 10 records cannot be used: {file}:10: " in done.stderr
     assert "FutureWarning" not in done.stderr
     assert "deprecated" not in done.stderr
-    finished = succeed([*words, *SHORT, f"run.dir={tmp_path / 'run'}", "run.activation_checkpointing=true"])
+    finished = succeed([*words, *SHORT, f"run.dir={tmp_path / 'run'}", "run.activation_checkpointing=full"])
     assert "the run is finished, there is nothing left to train; its model is in" in finished.stderr

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tests.runs import SAMPLE, build_here, succeed, write_records
 from train.config import MODULES
+from train.families.family import Family
 from train.families.megrezo import MEGREZO
+from train.families.qwen_omni import QWEN_OMNI
 from train.modules.trainable import FROZEN, canonical_name, is_adapter, module_of
 
 pytestmark = pytest.mark.end_to_end
@@ -31,22 +33,24 @@ def test_there_are_31_combinations() -> None:
     assert len(COMBINATIONS) == 31
 
 
+@pytest.mark.parametrize("family", [MEGREZO, QWEN_OMNI], ids=lambda family: family.name)
 @pytest.mark.parametrize("flags", COMBINATIONS, ids=lambda flags: "".join("01"[flag] for flag in flags))
-def test_exactly_the_tuned_modules_change(flags: tuple[bool, ...], tmp_path: Path) -> None:
+def test_exactly_the_tuned_modules_change(flags: tuple[bool, ...], family: Family, tmp_path: Path) -> None:
     tuned = {name for name, flag in zip(MODULES, flags, strict=True) if flag}
-    run = build_here([*words(tmp_path), *(f"modules.tune_{name}={name in tuned}" for name in MODULES)])
+    model = "model=tiny" if family is MEGREZO else "model=tiny_qwen_omni"
+    run = build_here([model, *words(tmp_path), *(f"modules.tune_{name}={name in tuned}" for name in MODULES)])
     run.trainer.fit()
     before = load_file(run.base / "model.safetensors")
     after = load_file(run.export() / "model.safetensors")
     assert after.keys() == before.keys()
-    changed = {module_of(name, MEGREZO.rules) for name in before if not after[name].equal(before[name])}
+    changed = {module_of(name, family.rules) for name in before if not after[name].equal(before[name])}
     assert changed == tuned
-    assert any(module_of(name, MEGREZO.rules) == FROZEN for name in before)
+    assert any(module_of(name, family.rules) == FROZEN for name in before)
 
 
 def test_lora_leaves_the_base_alone_and_changes_the_adapter(tmp_path: Path) -> None:
     run = build_here(["+recipe=lora", *words(tmp_path)])
-    model = run.trainer.train_step.model
+    model = run.trainer.train_step.engine.model
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     run.trainer.fit()
     for name, parameter in model.named_parameters():
@@ -88,12 +92,12 @@ def test_weight_decay_does_not_move_what_no_sample_uses(engine: str, tmp_path: P
 def test_old_moments_do_not_move_what_no_sample_uses(tmp_path: Path) -> None:
     run = build_here([*words(tmp_path), "optim.schedule=constant"])
     step, records = run.trainer.train_step, run.trainer.steps_from(0, 0).records
-    step.model.train()
+    step.engine.model.train()
     kinds = run.trainer.steps_from(0, 0).plan.measured.types
 
     def train_on(number: int, kind: str) -> dict[str, Tensor]:
         step(number, [records.batch([index for index, found in enumerate(kinds) if found == kind])[0]])
-        return {name: parameter.detach().clone() for name, parameter in step.model.named_parameters()}
+        return {name: parameter.detach().clone() for name, parameter in step.engine.model.named_parameters()}
 
     states = [train_on(0, "spoken_picture"), train_on(1, "typed_picture"), train_on(2, "text")]
     for (before, after), idle in zip(pairwise(states), [{"audio"}, {"audio", "vision"}], strict=True):

@@ -78,7 +78,7 @@ def test_the_figures_are_those_that_an_evaluation_gives(tmp_path: Path) -> None:
     evaluator = run.trainer.evaluator
     assert evaluator
     assert {"eval/loss/eval", "eval/loss/eval-2"} < set(evaluator.figures())
-    values = evaluator.evaluate(run.trainer.train_step.model).values
+    values = evaluator.evaluate(run.trainer.train_step.engine.model).values
     assert sorted(values) == sorted(evaluator.figures())
 
 

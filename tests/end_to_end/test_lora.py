@@ -42,7 +42,7 @@ def words(folder: Path, out: str = "run") -> list[str]:
 
 def trained_and_exported(run: Run) -> tuple[Any, Batch, dict[str, Tensor]]:
     """The trained model, a batch, and the logits for it: of the base, the model, its export, the adapter by peft."""
-    trained = run.trainer.train_step.model.eval().get_base_model()
+    trained = run.trainer.train_step.engine.model.eval().get_base_model()
     exported = run.export()
     batch = next(iter(run.trainer.steps_from(0, 0))).batches[0]
     base = AutoModelForCausalLM.from_pretrained(run.base).eval()
@@ -92,9 +92,9 @@ def test_qlora_is_exported_onto_the_base_as_it_was(tmp_path: Path) -> None:
     """The export lacks the rounding that the trained model had in its base, and nothing else."""
     how = ["+recipe=qlora"]
     run = build_here([*how, *words(tmp_path)])
-    packed = {n: p.clone() for n, p in run.trainer.train_step.model.named_parameters() if p.dtype == torch.uint8}
+    packed = {n: p.clone() for n, p in run.trainer.train_step.engine.model.named_parameters() if p.dtype == torch.uint8}
     run.trainer.fit()
-    after = dict(run.trainer.train_step.model.named_parameters())
+    after = dict(run.trainer.train_step.engine.model.named_parameters())
     assert len(packed) == 4 * 7
     assert all(after[name].equal(weight) for name, weight in packed.items())
 
@@ -137,6 +137,6 @@ def test_two_ranks(lora: str, engine: str, precision: str, tmp_path: Path) -> No
     assert losses(again) == losses(run)[2:]
     assert metrics(again)[-1]["eval/loss"] == metrics(run)[-1]["eval/loss"]
     if precision == "fp32":
-        alone = [*how, *words(tmp_path, "alone"), "checkpoint.save_every=0", "run.activation_checkpointing=true"]
+        alone = [*how, *words(tmp_path, "alone"), "checkpoint.save_every=0", "run.activation_checkpointing=full"]
         build_here(alone).trainer.fit()
         assert losses(run) == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)

@@ -69,6 +69,7 @@ def test_metrics_tell_each_step_and_each_evaluation(run: Path) -> None:
         "tokens",
         "supervised_tokens",
         "time/data_wait_s",
+        "time/device_wait_s",
     } <= set(lines[1])
     assert {"eval/loss", "eval/exact_match", "eval/exact_match/speech", "eval/f1", "eval/f1/speech"} <= set(lines[0])
     assert losses(run)[-1] < losses(run)[0]
@@ -110,7 +111,7 @@ def test_the_export_gives_the_trained_models_logits(tmp_path: Path) -> None:
     data = write_records(tmp_path)
     here = build_here(["+recipe=full", *data, f"run.dir={tmp_path / 'run'}", "run.max_steps=2", "eval.generate=false"])
     here.trainer.fit()
-    model = here.trainer.train_step.model.eval()
+    model = here.trainer.train_step.engine.model.eval()
     fetched = next(iter(here.trainer.steps_from(0, 0)))
     exported = AutoModelForCausalLM.from_pretrained(here.export()).eval()
     with torch.no_grad():
@@ -121,10 +122,11 @@ def test_an_export_lets_the_model_go_first(tmp_path: Path) -> None:
     data = write_records(tmp_path)
     here = build_here(["+recipe=full", *data, f"run.dir={tmp_path / 'run'}", "run.max_steps=1", "eval.generate=false"])
     here.trainer.fit()
-    step = here.trainer.train_step
-    parameters = [weakref.ref(parameter) for parameter in step.model.parameters()]
-    moments = [weakref.ref(value) for state in step.optimizer.state.values() for value in state.values()]
-    del step
+    engine = here.trainer.train_step.engine
+    parameters = [weakref.ref(parameter) for parameter in engine.model.parameters()]
+    states = [state for optimizer in engine.optimizers.optimizers for state in optimizer.state.values()]
+    moments = [weakref.ref(value) for state in states for value in state.values()]
+    del engine, states
     assert len(moments) > len(parameters)
     here.export()
     assert not [held for held in (*parameters, *moments) if held() is not None]

@@ -1,12 +1,13 @@
 """No hang and one loss, whatever each rank holds, whatever is frozen, however it is tuned, under every engine."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.mixes import ENGINES, FREEZES, KINDS, MIXES, Setting, all_pairs, full_product, pairs_of
-from tests.runs import SAMPLE, launch, write_small_model
+from tests.runs import SAMPLE, launch, write_small_model, write_small_qwen_omni
 
 pytestmark = pytest.mark.end_to_end
 
@@ -15,7 +16,7 @@ SETTINGS_A_LAUNCH = 48
 """Runs that are built in one process after another, before new processes take over."""
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, write_model: Callable[[Path], Path]) -> None:
     """Two records of each kind, a model smaller than the tiny one, and the words that all runs share."""
     wanted = dict.fromkeys(KINDS[:-1], 2)
     chosen = []
@@ -29,7 +30,7 @@ def prepare(folder: Path) -> None:
     records.write_text("\n".join(chosen), encoding="utf-8")
     source = f"[{{path: {records}, root: {SAMPLE}}}]"
     words = [
-        f"model.random_from={write_small_model(folder)}",
+        f"model.random_from={write_model(folder)}",
         *(f"data.train={source}", f"data.eval={source}", "data.workers=0"),
         *("optim.eps=1e-6", "optim.warmup_ratio=0", "optim.schedule=constant", "run.precision=fp32"),
         *("eval.batch_size=1", "eval.max_new_tokens=2", "eval.max_records=4", "eval.before_training=false"),
@@ -49,9 +50,9 @@ def outcomes(folder: Path, settings: list[Setting], processes: int) -> list[dict
     return [json.loads(line) for line in (folder / f"losses-{processes}.jsonl").read_text().splitlines()]
 
 
-def compare(folder: Path, settings: list[Setting]) -> int:
+def compare(folder: Path, settings: list[Setting], write_model: Callable[[Path], Path] = write_small_model) -> int:
     """Insist that two ranks give the losses of one, setting by setting; returns how many cases were compared."""
-    prepare(folder)
+    prepare(folder, write_model)
     alone = list(dict.fromkeys(setting.alone() for setting in settings))
     references = dict(zip(alone, outcomes(folder, alone, 1), strict=True))
     cases = 0
@@ -73,6 +74,14 @@ def test_the_sample_covers_all_pairs() -> None:
 @pytest.mark.timeout(1200)  # ten minutes, and as much again where other tests run beside it
 def test_two_ranks_equal_one_over_a_sample_of_all_pairs(tmp_path: Path) -> None:
     assert compare(tmp_path, list(all_pairs(SEED))) == len(FREEZES) * len(MIXES)
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_of_another_family_equal_one(tmp_path: Path) -> None:
+    settings = list(all_pairs(SEED))[::11]
+    assert {setting.engine for setting in settings} == set(ENGINES)
+    assert {mix for setting in settings for mix in setting.mixes} == set(MIXES)
+    assert compare(tmp_path, settings, write_small_qwen_omni) == sum(len(setting.mixes) for setting in settings)
 
 
 @pytest.mark.exhaustive

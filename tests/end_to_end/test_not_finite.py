@@ -39,7 +39,7 @@ def test_the_record_is_named_and_too_many_in_a_row_end_the_run(
     run = build_here([*words(tmp_path), "run.max_not_finite=1", "run.precision=fp32"])
     step = run.trainer.train_step
     batches = next(iter(run.trainer.steps_from(0, 0))).batches
-    before = {name: parameter.detach().clone() for name, parameter in step.model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in step.engine.model.named_parameters()}
     spoiled = batches[0].records[1]
 
     def spoil(_module, _inputs, output: PackedOutput) -> PackedOutput:
@@ -49,11 +49,11 @@ def test_the_record_is_named_and_too_many_in_a_row_end_the_run(
             token_losses[first] = torch.nan
         return PackedOutput(loss_sum=output.loss_sum * torch.nan, token_losses=token_losses)
 
-    step.model.register_forward_hook(spoil)
+    step.engine.model.register_forward_hook(spoil)
     result = step(0, batches)
     assert not result.updated
     assert result.suspects == [spoiled]
-    assert all(parameter.equal(before[name]) for name, parameter in step.model.named_parameters())
+    assert all(parameter.equal(before[name]) for name, parameter in step.engine.model.named_parameters())
     with pytest.raises(TrainingError, match=r"2 steps in a row .* run.max_not_finite"):
         run.trainer.fit()
     assert "step 2 left out" in caplog.text

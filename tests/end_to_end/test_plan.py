@@ -52,7 +52,7 @@ ADAPTERS_ALONE = ["+recipe=lora", "engine=none", "modules.tune_vision_proj=false
         (["engine=zero2"], 65.5),
         (["engine=none"], 73.6),
         (ADAPTERS_ALONE, 9.4),
-        ([*ADAPTERS_ALONE, "run.activation_checkpointing=false"], 25.8),
+        ([*ADAPTERS_ALONE, "run.activation_checkpointing=none"], 25.8),
     ],
 )
 def test_tensors_of_the_real_size(words: list[str], gib: float) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.runs import losses, metrics, succeed, write_records, write_small_model
+from tests.runs import launch, losses, metrics, succeed, write_records, write_small_model, write_small_qwen_omni
 from train.export.checkpoint_reader import MASTER, MOMENTS, read_state, saved_state
 
 pytestmark = pytest.mark.end_to_end
@@ -46,6 +47,8 @@ def go_back(run: Path, step: int) -> Path:
     ("engine", "processes", "more"),
     [
         ("none", 1, ["run.precision=bf16"]),
+        ("none", 1, ["run.precision=bf16", "optim.name=adamw_8bit"]),
+        ("ddp", 2, ["run.precision=bf16", "optim.name=muon"]),
         ("ddp", 2, ["lora=lora", "lora.modules=[llm]", "lora.dropout=0.2"]),
         ("zero2", 2, ["run.precision=bf16"]),
         ("zero3", 2, ["lora=lora", "lora.modules=[llm]", "lora.dropout=0.2", "run.precision=bf16"]),
@@ -66,6 +69,20 @@ def test_resumed_losses_are_the_uninterrupted_runs_bit_for_bit(
     for name in ("step", "loss", "grad_norm", "tokens"):
         assert [line[name] for line in resumed] == [line[name] for line in straight]
     assert len(resumed) == STEPS
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_another_family_resumes_bit_for_bit(engine: str, tmp_path: Path) -> None:
+    write_small_qwen_omni(tmp_path)
+    command = [*words(tmp_path), f"engine={engine}"]
+    succeed(command, processes=2)
+    straight = metrics(tmp_path / "run")
+    go_back(tmp_path / "run", STOP)
+    succeed(command, processes=2)
+    resumed = metrics(tmp_path / "run")
+    assert len(resumed) == STEPS
+    for name in ("step", "loss", "grad_norm", "tokens"):
+        assert [line[name] for line in resumed] == [line[name] for line in straight]
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +131,38 @@ def test_another_engine_and_world_size_go_on_with_the_same_state(
     succeed(command, processes=processes)
     assert len(losses(run)) == STEPS
     assert losses(run) == pytest.approx(losses(runs["alone"]), abs=1e-4)
+
+
+def test_fp32_masters_beside_bf16_weights_go_to_zero_and_back(tmp_path: Path) -> None:
+    """Their own values, to the bit: no rounding to bf16 on the way."""
+    command = [*words(tmp_path), "run.precision=bf16", "run.max_steps=2"]
+    succeed([*command, "engine=none"])
+    places = [tmp_path / "run/checkpoints/step-000002"]
+    for engine, processes in (("zero2", 2), ("none", 1)):
+        run = tmp_path / f"on-{engine}"
+        more = [f"engine={engine}", f"run.dir={run}", f"run.resume={places[-1]}"]
+        succeed([*command, *more], processes=processes, script="tests/end_to_end/state_of.py")
+        places.append(run / "again/step-000002")
+    first, *others = (everything(place) for place in places)
+    assert any(not values.equal(values.bfloat16().float()) for values in first.values())
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(values.equal(first[key]) for key, values in other.items())
+
+
+def test_another_optimizers_state_is_refused(tmp_path: Path) -> None:
+    command = [*words(tmp_path), "engine=none", "run.max_steps=2"]
+    succeed([*command, "optim.name=muon"])
+    done = launch([*command, f"run.dir={tmp_path / 'other'}", f"run.resume={tmp_path / 'run/checkpoints/step-000002'}"])
+    assert done.returncode == 1
+    assert "the checkpoint holds the state of optim.name=muon, and this run has optim.name=adamw" in done.stderr
+
+
+def everything(checkpoint: Path) -> dict[tuple[str, str], Tensor]:
+    """The master weights and moments of a checkpoint, by kind and name."""
+    with saved_state(checkpoint) as saved:
+        return {
+            (kind, name): saved.read(kind, name, 0, torch.Size(shape).numel())
+            for name, shape in read_state(checkpoint)["parameters"].items()
+            for kind in (MASTER, *MOMENTS)
+        }

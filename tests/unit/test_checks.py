@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from train.checks import check
-from train.config import MODULES, Engine, LoraOptions, ModelOptions, Options, SourceOptions
+from train.config import MODULES, Engine, LoraOptions, ModelOptions, Options, Precision, SourceOptions
 from train.errors import ConfigError
 
 
@@ -206,7 +206,7 @@ ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "
         ("ddp", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "--mixed_precision fp16: run.precision is bf16"),
         ("zero2", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--gradient_accumulation_steps 4: run.packs_per"),
         ("zero2", {"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "--gradient_clipping 0.5: optim.max_grad_norm is 1.0"),
-        ("ddp", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend inductor: compiling is not supported"),
+        ("ddp", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend inductor: it is not read"),
         ("ddp", {"MASTER_PORT": "29500"}, "several processes were asked for, and one was started; add --multi_gpu"),
     ],
 )
@@ -264,3 +264,30 @@ def test_an_old_liger_gives_wrong_gradients(
         assert fault.startswith(f"run.liger_loss: liger-kernel {version} gives wrong gradients")
     else:
         check(options)
+
+
+@pytest.mark.parametrize("value", ["0", "true", "half", "-1", "1.5", ""])
+def test_activation_checkpointing_is_none_full_or_a_number(options: Options, value: str) -> None:
+    options.run.activation_checkpointing.towers = value
+    assert faults(options) == [
+        f"run.activation_checkpointing.towers is '{value}'; use none, full, or n for every n-th layer (2, 3, ...)"
+    ]
+
+
+def test_compiling_is_refused_where_it_does_not_work(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    options.run.compile = True
+    check(options)
+    options.engine.name = Engine.zero3_offload
+    [fault] = faults(options)
+    assert fault.startswith("run.compile: engine=zero3_offload gathers weights inside of layers")
+    options.engine.name = Engine.none
+    options.lora = LoraOptions(modules=["llm"], use_dora=True)
+    assert faults(options) == [
+        "run.compile: peft's DoRA cannot be compiled; use lora=lora, or leave the option out",
+    ]
+    options.lora = LoraOptions()
+    options.run.precision = Precision.fp32
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert faults(options) == [
+        "run.compile: on CUDA it needs run.precision=bf16, since attention in fp32 waits for the host",
+    ]

@@ -208,6 +208,35 @@ def test_a_runs_options_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     assert (options.run.seed, options.eval.max_records) == (4, 2)
 
 
+@pytest.mark.parametrize(
+    ("words", "llm", "towers"),
+    [
+        ([], "none", "none"),
+        (["run.activation_checkpointing=full"], "full", "full"),
+        (["run.activation_checkpointing=2"], "2", "2"),
+        (["run.activation_checkpointing.llm=3"], "3", "none"),
+        (["model=megrez_3b_omni"], "full", "full"),
+        (["model=megrez_3b_omni", "run.activation_checkpointing.towers=none"], "full", "none"),
+    ],
+)
+def test_activation_checkpointing_is_set_for_all_parts_or_apart(words: list[str], llm: str, towers: str) -> None:
+    options, resolved = compose_options(words)
+    assert vars(options.run.activation_checkpointing) == {"llm": llm, "towers": towers}
+    assert resolved["run"]["activation_checkpointing"] == {"llm": llm, "towers": towers}
+
+
+@pytest.mark.parametrize(("value", "new"), [("true", "full"), ("false", "none")])
+def test_activation_checkpointing_as_it_was_is_refused_with_its_new_spelling(
+    value: str, new: str, tmp_path: Path
+) -> None:
+    was = f"run.activation_checkpointing={value}"
+    with pytest.raises(ConfigError, match=f"{was} is now run.activation_checkpointing={new}; write that"):
+        compose_options([was])
+    file = tmp_path / "config.yaml"
+    file.write_text(f"run: {{activation_checkpointing: {value}}}")  # of a run of an earlier version
+    assert vars(read_options(file).run.activation_checkpointing) == {"llm": new, "towers": new}
+
+
 def test_choices_named_in_two_rooms_are_the_same() -> None:
     """config.py may import no data code, and data code no options: their choices are held together here."""
     assert [choice.value for choice in config.TooLong] == list(get_args(schema.TooLong))

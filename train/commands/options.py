@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from train.checks import idle_lora
-from train.config import DataOptions, Options, SourceOptions
+from train.config import CheckpointingOptions, DataOptions, Options, RunOptions, SourceOptions
 from train.errors import ConfigError, OmniTuneError, message_for_user
 
 _HERE = Path(__file__).resolve()
@@ -41,10 +41,16 @@ class _AnyData(DataOptions):
 
 
 @dataclass
+class _AnyRun(RunOptions):
+    activation_checkpointing: Any = field(default_factory=lambda: asdict(CheckpointingOptions()))
+
+
+@dataclass
 class _Composed(Options):
-    """What Hydra composes: a source may still be the path alone."""
+    """What Hydra composes: a source may still be the path alone, activation checkpointing one value for all parts."""
 
     data: _AnyData = field(default_factory=_AnyData)
+    run: _AnyRun = field(default_factory=_AnyRun)
 
 
 _RENAMED = {
@@ -55,6 +61,9 @@ _RENAMED = {
     "run.export_with_code": "export.with_code",
 }
 """Options that had another name."""
+
+_SPELLINGS = {False: "none", True: "full"}
+"""How `run.activation_checkpointing`, which was true or false, is written now."""
 
 _NEAR = 0.6
 """How alike two names are, from 0 to 1, for the one to be meant by the other."""
@@ -76,6 +85,7 @@ def typed(config: DictConfig, words: Iterable[str]) -> tuple[Options, dict[str, 
     """
     resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(resolved, dict)
+    resolved["run"]["activation_checkpointing"] = _of_each_part(resolved["run"]["activation_checkpointing"])
     faults = [_no_such_option(name) for name in _unknown(resolved, Options)]
     if faults:
         raise ConfigError(faults)
@@ -95,6 +105,20 @@ def _sources(value: Any) -> list[Any]:
     """The entries of `data.train` or `data.eval`, given as a list or as one; a string is the path of a file."""
     entries = value if isinstance(value, list) else [value] if value else []
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+def _of_each_part(value: Any) -> dict[Any, Any]:
+    """`run.activation_checkpointing`, given by part or as one value for all parts."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, bool):
+        raise ConfigError(
+            [
+                f"run.activation_checkpointing={str(value).lower()} is now run.activation_checkpointing="
+                f"{_SPELLINGS[value]}; write that, or a number n for every n-th layer"
+            ]
+        )
+    return {part.name: value for part in fields(CheckpointingOptions)}
 
 
 def compose_options(overrides: list[str]) -> tuple[Options, dict[str, Any]]:
@@ -137,6 +161,9 @@ def _with_new_names(values: Any) -> DictConfig:
         group, _, name = old.partition(".")
         if name in config.get(group, {}):
             OmegaConf.update(config, new, config[group].pop(name))
+    was = config.get("run", {}).get("activation_checkpointing")
+    if isinstance(was, bool):
+        config.run.activation_checkpointing = _of_each_part(_SPELLINGS[was])
     return config
 
 

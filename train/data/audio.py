@@ -36,6 +36,9 @@ MAX_PEAK = 2.0**31
 MAX_SECONDS = 1e7
 """Longest recording that a header may state: 116 days. Formats that know no length state much more."""
 
+CLIP_TOLERANCE = (0.1, 0.01)
+"""How far a clip may differ from its header: seconds, and a share of its length."""
+
 _BLOCK = 2**20
 """Values that libsndfile decodes at a time, all channels together; samples of a channel that FFmpeg does."""
 
@@ -103,6 +106,24 @@ def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray
         except soundfile.LibsndfileError:
             decoded, rate = _decode_by_av(file, max_samples)
         return resampled(decoded, rate)
+
+
+def load_fitted(source: MediaSource, samples: int, *, is_cut: bool = False) -> np.ndarray:
+    """The recording trimmed or padded to the samples that its header told; BadRecord where it differs by more.
+
+    is_cut: whether `samples` is where the recording is cut, so that any number may follow.
+    """
+    decoded = load_clip(source, samples)
+    seconds, share = CLIP_TOLERANCE
+    try:
+        return fit_clip(decoded[:samples] if is_cut else decoded, samples, seconds + share * samples / SAMPLE_RATE)
+    except BadRecord as fault:
+        raise BadRecord(f"{name_of(source)}: {fault}") from None
+
+
+def name_of(source: MediaSource) -> str:
+    """What a message calls a recording."""
+    return f"'{source}'" if isinstance(source, str) else "(embedded)"
 
 
 def resampled(decoded: np.ndarray, rate: int) -> np.ndarray:

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DeepSpeedPlugin,
-    DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     set_seed,
 )
@@ -29,6 +28,15 @@ log = logging.getLogger(__name__)
 _PATIENCE = timedelta(hours=3)
 """How long a rank waits for the others: they may be measuring a million records, or writing a large model to a slow
 disk. A rank that is gone is noticed at once, by its closed connections and by the launcher."""
+
+
+_OVER_BOTH = "cpu:gloo,cuda:nccl"
+"""Ranks on GPUs that can sum tensors of their hosts too, without a wait for the device."""
+
+
+def hosts_are_connected() -> bool:
+    """Whether the ranks can sum tensors that lie on their hosts."""
+    return "gloo" in str(torch.distributed.get_backend_config())
 
 
 def zero_stage(options: Options) -> int:
@@ -136,9 +144,10 @@ def make_accelerator(options: Options) -> Accelerator:
             *[torch.cuda.device_count()] * 2,
         )
     torch.set_num_threads(options.run.threads or max(1, (os.cpu_count() or 1) // local_world_size()))
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    handlers = []
     if world_size() > 1 or zero_stage(options):
-        handlers.append(InitProcessGroupKwargs(backend=None if on_cuda else "gloo", timeout=_PATIENCE))
+        on_gpus = None if zero_stage(options) else _OVER_BOTH  # DeepSpeed chooses for itself
+        handlers.append(InitProcessGroupKwargs(backend=on_gpus if on_cuda else "gloo", timeout=_PATIENCE))
     plugin = None
     if zero_stage(options):
         drop_stale_locks()
@@ -147,7 +156,7 @@ def make_accelerator(options: Options) -> Accelerator:
     first_time = "; the first time on a machine, DeepSpeed compiles an operator, which takes one to three minutes"
     with announced(f"connecting the ranks{first_time if plugin else ''}"):
         accelerator = Accelerator(
-            mixed_precision="bf16" if options.run.precision is Precision.bf16 else "no",
+            mixed_precision="no",  # no autocast: the model computes in the dtype of its weights
             cpu=not on_cuda and plugin is None,
             deepspeed_plugin=plugin,
             kwargs_handlers=handlers,

@@ -18,18 +18,20 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from train.announce import announced
 from train.checks import check, model_folder, tuned_modules
-from train.config import Options, Precision, Tracker
+from train.config import OptimizerName, Options, Precision, Tracker
 from train.data.loader import StepLoader, StepPlan
 from train.data.record_set import RecordSet
 from train.engine.accelerator import make_accelerator, world_size, zero_stage
-from train.engine.build_data import make_evaluator, make_plan, read_data
+from train.engine.build_data import flops_of, make_evaluator, make_plan, read_data
 from train.engine.checkpoint import Checkpoints
 from train.engine.consistency import check_folder
+from train.engine.engines import DeepSpeedEngine, Engine, OwnEngine
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
 from train.engine.lock import lock
 from train.engine.observers import MetricsFile, Observer, Profiler, Progress
-from train.engine.optimizer import LearningRates, make_optimizer
+from train.engine.optimizer import LearningRates, matrices
+from train.engine.peak import peak_flops
 from train.engine.state import shape_of, size_of, trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
@@ -41,10 +43,12 @@ from train.export.model_folder import check_base, write_random_model
 from train.families.family import Family
 from train.families.registry import find
 from train.modules.adapters import add_adapters, quantize_linear_layers
+from train.modules.layers import checkpoint_layers, compile_layers
 from train.modules.objectives import NextToken
 from train.modules.packed import PackedModel
-from train.modules.trainable import canonical_name, choose_trainable, module_of, parameter_groups
+from train.modules.trainable import Group, canonical_name, choose_trainable, module_of, parameter_groups
 from train.run_folder import RunFolder
+from train.schema import Batch
 from train.sources import load_processor
 
 log = logging.getLogger(__name__)
@@ -106,7 +110,8 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     _check_keep_best(options, evaluator)
     with announced(f"loading the weights of '{base}'"):
         model = _load_model(options, family, base, accelerator.device)
-    plan = make_plan(options, family, base, train_set, measured)
+    flops = flops_of(options, family, base)
+    plan = make_plan(options, flops, train_set, measured)
     total_steps = (options.debug.one_batch and options.run.max_steps) or plan.total_steps()
     groups = parameter_groups(
         model,
@@ -115,10 +120,10 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         adapter_rate=options.lora.lr,
         weight_decay=options.optim.weight_decay,
         shape_of=shape_of,
+        by_muon=matrices(model) if options.optim.name is OptimizerName.muon else (),
     )
-    optimizer = make_optimizer(groups, options.optim)
     with announced(f"starting engine={options.engine.name} (an offload engine compiles its optimizer the first time)"):
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        engine = _make_engine(options, accelerator, model, groups)
 
     checkpoints = Checkpoints(
         folder.checkpoints, accelerator, keep_last=options.checkpoint.keep_last, keep_best=options.checkpoint.keep_best
@@ -128,17 +133,16 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         accelerator=accelerator,
         train_step=TrainStep(
             accelerator,
-            wrapped,
-            optimizer,
+            engine,
             LearningRates(groups, options.optim, total_steps),
             objective=NextToken(),
             seed=options.run.seed,
             media=family.media,
             sources=len(train_set.specs),
-            max_grad_norm=options.optim.max_grad_norm,
+            work=partial(_flops_of, plan, flops.head),
             stop=stop,
         ),
-        trained=trained_state(accelerator, wrapped, optimizer, zero_stage(options)),
+        trained=trained_state(accelerator, engine, options.optim.name, zero_stage(options)),
         steps_from=partial(_steps_from, plan, train_set, accelerator, options),
         plan_digest=plan.digest(),
         name_of=train_set.name_of,
@@ -156,6 +160,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         evaluator=evaluator,
         predictions=folder.predictions,
         observers=[],
+        peak_flops=_peak_flops(options, accelerator),
     )
     if found:
         with announced(f"reading '{found}'"):
@@ -171,6 +176,11 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     _describe(options, accelerator, model, plan, total_steps)
     records = eval_set or train_set
     return Run(options, accelerator, trainer, folder, base, records, stop, trainer.is_finished)
+
+
+def _flops_of(plan: StepPlan, head: float, batch: Batch) -> float:
+    """Floating-point operations of a pack; head: of each supervised token, in the head."""
+    return plan.cost(batch.records) + (head * len(batch.targets) if batch.records else 0.0)
 
 
 def check_family(options: Options, family: Family) -> None:
@@ -232,8 +242,19 @@ def _base_model(options: Options, folder: RunFolder, accelerator: Accelerator) -
     return base
 
 
+def _make_engine(options: Options, accelerator: Accelerator, model: nn.Module, groups: list[Group]) -> Engine:
+    if zero_stage(options):
+        return DeepSpeedEngine(accelerator, model, groups, options.optim)
+    return OwnEngine(accelerator, model, groups, options.optim, compute_dtype_of(options))
+
+
+def compute_dtype_of(options: Options) -> torch.dtype:
+    """What the model computes in."""
+    return torch.bfloat16 if options.run.precision is Precision.bf16 else torch.float32
+
+
 def _load_model(options: Options, family: Family, base: Path, device: torch.device) -> nn.Module:
-    """The model with what learns chosen: float32 where it is its own master weight, else in the compute dtype.
+    """The model with what is trained chosen: float32 where master weights are made of it, else in the compute dtype.
 
     device: where the model will live; under DeepSpeed, its engine moves what it does not offload.
     """
@@ -246,37 +267,34 @@ def _load_model(options: Options, family: Family, base: Path, device: torch.devi
     adapted_model = with_trainable(options, family, model)
     trained = [canonical_name(name) for name, value in adapted_model.named_parameters() if value.requires_grad]
     check_base(base, adapted_model, trained)
+    if options.run.compile:
+        compile_layers(model)
     return adapted_model
 
 
 def weight_dtypes(options: Options, family: Family) -> tuple[torch.dtype, Callable[[str], bool] | None]:
-    """The dtype of the weights, and which of them, by name, are float32 all the same: those that are their own master
-    weights; None where none is.
+    """The dtype of the weights, and which of them, by name, are float32 all the same: those that master weights are
+    made of; None where none is.
     """
-    in_bf16 = options.run.precision is Precision.bf16
     in_full = set(tuned_modules(options)) - set(options.lora.modules)
-    return torch.bfloat16 if in_bf16 else torch.float32, (
-        (lambda name: module_of(name, family.rules) in in_full) if _is_master(options) else None
-    )
+    for_masters = _in_float32_for_masters(options)
+    return compute_dtype_of(options), (lambda name: module_of(name, family.rules) in in_full) if for_masters else None
 
 
-def _is_master(options: Options) -> bool:
-    """Whether weights that learn are their own fp32 master weights; DeepSpeed keeps those apart."""
+def _in_float32_for_masters(options: Options) -> bool:
+    """DeepSpeed wants one dtype, and makes its master weights of that."""
     return options.run.precision is Precision.bf16 and not zero_stage(options)
 
 
 def with_trainable(options: Options, family: Family, model: PackedModel) -> nn.Module:
     """The model as it is trained: the kind of loss, checkpointing of activations, adapters, what learns."""
     model.liger_loss = options.run.liger_loss
-    if options.run.activation_checkpointing:
-        # newer versions of transformers renamed it, and warn of the old name
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
     adapted_model: nn.Module = model
     if options.lora.modules:
         settings = lora_settings(options, family)
-        adapted_model = add_adapters(model, family.rules, settings, in_float32=_is_master(options))
+        adapted_model = add_adapters(model, family.rules, settings, in_float32=_in_float32_for_masters(options))
     choose_trainable(adapted_model, family.rules, tuned=tuned_modules(options), adapted=options.lora.modules)
+    checkpoint_layers(model, **options.run.activation_checkpointing.intervals())
     return adapted_model
 
 
@@ -305,6 +323,14 @@ def _observers(options: Options, resolved: dict[str, Any], folder: RunFolder, tr
 
         observers.append(WandbTracker(options.tracker, name=options.run.name, folder=folder.path, config=resolved))
     return observers
+
+
+def _peak_flops(options: Options, accelerator: Accelerator) -> float | None:
+    """Operations a second that the devices of all ranks can do at most."""
+    of_one = peak_flops(options, accelerator.device)
+    if of_one is None and accelerator.device.type == "cuda":
+        log.info("run.peak_tflops is not set, and nothing known for this device and precision: no MFU is reported")
+    return of_one and of_one * accelerator.num_processes
 
 
 def _describe(options: Options, accelerator: Accelerator, model: nn.Module, plan: StepPlan, steps: int) -> None:

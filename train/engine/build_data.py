@@ -16,6 +16,7 @@ from train.engine.measuring import measure_alike
 from train.engine.quarantine import Quarantine
 from train.engine.stop import StopRequest
 from train.families.family import Family
+from train.modules.flops import Flops
 from train.run_folder import RunFolder
 from train.schema import Processor
 from train.sources import open_records
@@ -78,11 +79,13 @@ def limits_of(options: Options) -> Limits:
     return Limits(options.data.max_tokens, {"image": options.data.max_patches, "audio": options.data.max_frames})
 
 
-def make_plan(options: Options, family: Family, base: Path, records: RecordSet, measured: Measured) -> StepPlan:
-    """The steps of a run over these records.
+def flops_of(options: Options, family: Family, base: Path) -> Flops:
+    """The floating-point operations of what the options train; base: a model folder, whose configuration is read."""
+    return family.flops(family.skeleton(base), tuned_modules(options), options.lora.modules)
 
-    base: a model folder, of which the configuration is read.
-    """
+
+def make_plan(options: Options, flops: Flops, records: RecordSet, measured: Measured) -> StepPlan:
+    """The steps of a run over these records."""
     return StepPlan(
         measured,
         [spec.weight for spec in records.specs],
@@ -91,7 +94,7 @@ def make_plan(options: Options, family: Family, base: Path, records: RecordSet, 
         seed=options.run.seed,
         epochs=options.run.epochs,
         max_steps=options.run.max_steps,
-        costs=family.flops(family.skeleton(base), tuned_modules(options)).of(measured.lengths),
+        costs=flops.of(measured.lengths),
     )
 
 

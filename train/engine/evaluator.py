@@ -206,13 +206,14 @@ class Evaluator:
         processor = self.records.processor
         for prompts in self._mine(partial(_prompts, self.records), self.prompts):
             self.bad += prompts.bad
-            with self.accelerator.autocast():  # as in the wrapped forward: fp32 master weights beside bf16
-                answers = model.generate(
-                    prompts.batch.to(self.accelerator.device),
-                    max_new_tokens=self.max_new_tokens,
-                    do_sample=False,
-                    synced_gpus=self._shards_weights(),
-                )
+            answers = model.generate(
+                prompts.batch.to(self.accelerator.device),
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                synced_gpus=self._shards_weights(),
+                cache_implementation="static",  # does not copy all keys and values for each token
+                disable_compile=True,  # transformers would compile for each length of the prompts, on CUDA
+            )
             for index, record, ids in zip(prompts.batch.records, prompts.records, answers, strict=False):
                 answer = str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
                 reference = processor.reference(record).strip()

@@ -27,10 +27,14 @@ class StepReport:
     supervised_tokens: int
     step_s: float
     data_wait_s: float
+    device_wait_s: float
     rates: dict[str, float]
     not_finite: int = 0
     """steps so far that were left out, because a loss or gradient was not finite"""
     source_losses: dict[str, float] = field(default_factory=dict)
+    mfu: float | None = None
+    """model FLOPs utilization: the operations that the step needed, a second of it, over the devices' peak; None where
+    that is not known"""
 
     def to_dict(self) -> dict[str, float]:
         """The line of metrics.jsonl."""
@@ -44,8 +48,10 @@ class StepReport:
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
             "tokens_per_s": self.tokens / self.step_s,
+            **({} if self.mfu is None else {"mfu": self.mfu}),
             "time/step_s": self.step_s,
             "time/data_wait_s": self.data_wait_s,
+            "time/device_wait_s": self.device_wait_s,
             "memory/peak_gib": peak_memory_gib(),
         }
 
@@ -118,9 +124,11 @@ class Progress:
 
     def on_step(self, report: StepReport) -> None:
         """Move the bar."""
-        self._bar.set_postfix(
-            train_loss=f"{report.loss:.3f}", tokens_per_s=f"{report.tokens / report.step_s:.0f}", refresh=False
-        )
+        shown = {"train_loss": f"{report.loss:.3f}", "tokens_per_s": f"{report.tokens / report.step_s:.0f}"}
+        if report.mfu is not None:
+            shown["mfu"] = f"{100 * report.mfu:.1f}%"
+        shown |= {"data_wait_s": f"{report.data_wait_s:.2f}", "device_wait_s": f"{report.device_wait_s:.2f}"}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:

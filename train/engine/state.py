@@ -4,13 +4,16 @@ Fragments and their keys: see `export.checkpoint_reader`. Writing takes no commu
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from train.config import OptimizerName
+from train.engine.engines import DeepSpeedEngine, Engine, OwnEngine
+from train.engine.optimizer import prepare_moments
 from train.errors import CheckpointError
 from train.export.checkpoint_reader import MASTER, MOMENTS, SavedState
 from train.modules.trainable import canonical_name
@@ -29,43 +32,51 @@ def size_of(parameter: nn.Parameter) -> int:
 
 
 class TrainedState(ABC):
-    """The parameters that learn, of a model as the engine wrapped it, and their optimizer state.
+    """The trained parameters of a model as the engine wrapped it, and their optimizer state.
 
     Every rank must call `load` alike; `tensors` takes no other rank.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any):
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: OptimizerName):
         self.accelerator, self.optimizer = accelerator, optimizer
-        self.engine: Any = model
         self.parameters = {
             canonical_name(name): parameter
             for name, parameter in accelerator.unwrap_model(model).named_parameters()
             if parameter.requires_grad
         }
 
-    def shapes(self) -> dict[str, list[int]]:
-        """Shape of each parameter, by name."""
-        return {name: list(shape_of(parameter)) for name, parameter in self.parameters.items()}
+    def description(self) -> dict[str, Any]:
+        """What state.json says of it: the shape of each parameter, by name, and the optimizer."""
+        shapes = {name: list(shape_of(parameter)) for name, parameter in self.parameters.items()}
+        return {"parameters": shapes, "optimizer": str(self.optimizer)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of this rank's part on the CPU, by key."""
+        """Copies of this rank's part on the CPU, by key: float32, and 8-bit codes as they are."""
         return {
-            f"{kind}/{name}/{start}": values.to("cpu", torch.float32, copy=True)
+            f"{kind}/{name}/{start}": values.to(
+                "cpu", torch.float32 if values.is_floating_point() else values.dtype, copy=True
+            )
             for name, kind, start, values in self._held()
         }
 
-    def load(self, saved: SavedState, shapes: Mapping[str, list[int]], updates: int) -> None:
+    def load(self, saved: SavedState, description: Mapping[str, Any], updates: int) -> None:
         """Go back to a saved state.
 
-        shapes: those of the saved parameters; they must be this run's.
+        description: of the saved state; it must be this run's.
         updates: optimizer updates that were made, by which Adam corrects its moments' bias.
         """
-        mine = self.shapes()
+        mine, shapes = self.description()["parameters"], description["parameters"]
         if mine != shapes:
             different = sorted(name for name in mine.keys() | shapes.keys() if mine.get(name) != shapes.get(name))
             raise CheckpointError(
                 f"the checkpoint holds other trained parameters than this run has: {len(different)} differ, "
                 f"'{different[0]}' among them; resume with the same model, modules.* and lora.*"
+            )
+        saved_by = description.get("optimizer", OptimizerName.adamw)
+        if saved_by != self.optimizer:
+            raise CheckpointError(
+                f"the checkpoint holds the state of optim.name={saved_by}, and this run has optim.name="
+                f"{self.optimizer}; resume with optim.name={saved_by}, or start anew from the run's export"
             )
         if updates:
             self._prepare_moments(updates)
@@ -88,31 +99,37 @@ class TrainedState(ABC):
 class WholeState(TrainedState):
     """Every rank holds everything (one process, DDP); each writes every `world size`-th parameter."""
 
+    def __init__(self, accelerator: Accelerator, engine: OwnEngine, optimizer: OptimizerName):
+        super().__init__(accelerator, engine.model, optimizer)
+        self.masters, self.optimizers = engine.masters, engine.optimizers
+
     def _held(self) -> Iterator[tuple[str, str, int, Tensor]]:
-        state = self.optimizer.state
         share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         for name, parameter in list(self.parameters.items())[share]:
-            yield name, MASTER, 0, parameter.detach().flatten()
-            for kind in MOMENTS:
-                if kind in state.get(parameter, ()):
-                    yield name, kind, 0, state[parameter][kind].flatten()
+            master = self.masters[parameter]
+            yield name, MASTER, 0, master.detach().flatten()
+            for kind, values in self.optimizers.state_of(master).items():
+                yield name, kind, 0, values.flatten()
 
     def _prepare_moments(self, updates: int) -> None:
-        _prepare_moments(self.optimizer.optimizer, self.parameters.values(), updates)
+        self.optimizers.prepare_state(updates)
 
     def _load(self, saved: SavedState, kinds: tuple[str, ...]) -> None:
         for name, parameter in self.parameters.items():
-            for kind in kinds:
-                target = parameter if kind == MASTER else self.optimizer.state[parameter][kind]
-                target.copy_(saved.read(kind, name, 0, parameter.numel()).view_as(target))
+            master = self.masters[parameter]
+            for kind, target in {MASTER: master, **self.optimizers.state_of(master)}.items():
+                target.copy_(saved.read(kind, name, 0, target.numel()).view_as(target))
+        self.masters.write_back()
 
 
-class LinkedState(TrainedState):
+class _ShardedByDeepSpeed(TrainedState):
+    def __init__(self, accelerator: Accelerator, engine: DeepSpeedEngine, optimizer: OptimizerName):
+        super().__init__(accelerator, engine.model, optimizer)
+        self._zero: Any = engine.model.optimizer
+
+
+class LinkedState(_ShardedByDeepSpeed):
     """ZeRO-1 and 2: each rank holds a part of a flat vector of fp32 master weights; it may begin and end inside one."""
-
-    @property
-    def _zero(self) -> Any:
-        return self.engine.optimizer
 
     def _link(self) -> None:
         # DeepSpeed links the moments after the first group's first update, when the other groups have none yet.
@@ -134,7 +151,7 @@ class LinkedState(TrainedState):
                     yield name, kind, start, mapping.get_hp_fragment(kind)
 
     def _prepare_moments(self, updates: int) -> None:
-        _prepare_moments(self._zero.optimizer, self._zero.single_partition_of_fp32_groups, updates)
+        prepare_moments(self._zero.optimizer, self._zero.single_partition_of_fp32_groups, updates)
         self._link()
 
     def _load(self, saved: SavedState, kinds: tuple[str, ...]) -> None:
@@ -147,7 +164,7 @@ class LinkedState(TrainedState):
             parameter.data.copy_(saved.read(MASTER, name, 0, parameter.numel()).view_as(parameter))
 
 
-class ShardedState(TrainedState):
+class ShardedState(_ShardedByDeepSpeed):
     """ZeRO-3: each rank holds the same stretch of every parameter, the last one filled up with zeros."""
 
     def _extent(self, parameter: Any) -> tuple[int, int]:
@@ -159,7 +176,7 @@ class ShardedState(TrainedState):
     def _held(self) -> Iterator[tuple[str, str, int, Tensor]]:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        zero = self.engine.optimizer
+        zero = self._zero
         flat = zero.fp32_partitioned_groups_flat
         has_moments = bool(flat) and set(MOMENTS) <= set(zero.optimizer.state.get(flat[0], ()))
         for name, parameter in self.parameters.items():
@@ -171,8 +188,8 @@ class ShardedState(TrainedState):
                 yield name, kind, start, safe_get_local_optimizer_state(parameter, kind)[:size]
 
     def _prepare_moments(self, updates: int) -> None:
-        zero = self.engine.optimizer
-        _prepare_moments(zero.optimizer, zero.fp32_partitioned_groups_flat, updates)
+        zero = self._zero
+        prepare_moments(zero.optimizer, zero.fp32_partitioned_groups_flat, updates)
 
     def _load(self, saved: SavedState, kinds: tuple[str, ...]) -> None:
         from deepspeed.runtime.zero import GatheredParameters
@@ -192,31 +209,9 @@ class ShardedState(TrainedState):
                     parameter.data.copy_(saved.read(MASTER, name, 0, parameter.numel()).view_as(parameter))
 
 
-def trained_state(accelerator: Accelerator, model: nn.Module, optimizer: Any, zero_stage: int) -> TrainedState:
-    """The trained state under the engine that wrapped `model`."""
-    kind = {0: WholeState, 3: ShardedState}.get(zero_stage, LinkedState)
-    return kind(accelerator, model, optimizer)
-
-
-def _prepare_moments(optimizer: Any, parameters: Iterable[Tensor], updates: int) -> None:
-    """Give parameters that were never updated the state of Adam, with moments to be filled in."""
-    in_torch = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's CPU Adam counts in a plain number
-    for parameter in parameters:
-        state = optimizer.state[parameter]
-        state["step"] = torch.tensor(float(updates), device=parameter.device) if in_torch else updates
-        for kind in MOMENTS:
-            state[kind] = torch.zeros_like(parameter)
-    if not in_torch:
-        _advance_cpu_adam(optimizer, updates)
-
-
-def _advance_cpu_adam(optimizer: Any, updates: int) -> None:
-    """Bring the powers of the betas to where that many updates left them.
-
-    DeepSpeed's CPU Adam multiplies them step by step; started at a later step it would compute them anew, which
-    rounds differently.
-    """
-    nothing = [torch.zeros(1) for _ in range(4)]
-    (beta1, beta2), eps = optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["eps"]
-    for step in range(1, updates + 1):
-        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, eps, 0.0, True, *nothing)
+def trained_state(accelerator: Accelerator, engine: Engine, optimizer: OptimizerName, zero_stage: int) -> TrainedState:
+    """The trained state under an engine."""
+    if isinstance(engine, OwnEngine):
+        return WholeState(accelerator, engine, optimizer)
+    assert isinstance(engine, DeepSpeedEngine)
+    return (ShardedState if zero_stage == 3 else LinkedState)(accelerator, engine, optimizer)

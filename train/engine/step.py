@@ -5,16 +5,17 @@ loss = Σ weight · cross-entropy / Σ weight, over all supervised tokens of the
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
+from train.engine.accelerator import hosts_are_connected
+from train.engine.engines import Engine
 from train.engine.optimizer import LearningRates
 from train.engine.stop import StopRequest
 from train.modules.objectives import Objective
@@ -30,6 +31,8 @@ class StepResult:
     suspects: where nothing was updated, the records on this rank whose loss was not finite.
     stop: whether some rank was asked to stop.
     source_losses: float64 (sources,), NaN for a source that this step had nothing of.
+    flops: floating-point operations that the step needed (see `modules.flops`).
+    device_wait_s: seconds that this rank waited for its device.
     """
 
     loss: float
@@ -42,6 +45,8 @@ class StepResult:
     updated: bool = True
     suspects: list[int] = field(default_factory=list)
     stop: bool = False
+    flops: float = 0.0
+    device_wait_s: float = 0.0
 
 
 class TrainStep:
@@ -52,39 +57,40 @@ class TrainStep:
     after any stop.
     media: the kind of media without which a module is idle in a step, by module (see `Family.media`).
     stop: asked at the end of each step, so that all ranks know of it alike.
-    max_grad_norm: global L2 norm that gradients are scaled down to (0 = never); under DeepSpeed its own
-    configuration says it.
+    work: floating-point operations of a pack.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: Any,
+        engine: Engine,
         rates: LearningRates,
         *,
         objective: Objective,
         seed: int,
         media: Mapping[str, Kind],
         sources: int,
-        max_grad_norm: float,
+        work: Callable[[Batch], float] = lambda _: 0.0,
         stop: StopRequest | None = None,
     ):
-        self.accelerator, self.model, self.optimizer, self.rates = accelerator, model, optimizer, rates
+        self.accelerator, self.engine, self.rates = accelerator, engine, rates
         self.objective, self.seed = objective, seed
-        self.media, self.sources, self.max_grad_norm = media, sources, max_grad_norm
+        self.media, self.sources = media, sources
+        self.work = work
         self.stop = stop or StopRequest()
-        self._deepspeed = accelerator.distributed_type == "DEEPSPEED"
+        self._device_wait_s = 0.0
 
     def __call__(self, step: int, batches: Sequence[Batch], bad_records: int = 0) -> StepResult:
         """Step number `step`, from 0 on, over this rank's packs; `bad_records` is summed over the ranks."""
-        counts = self._summed(
+        self._device_wait_s = 0.0
+        counts = self._counts(
             torch.tensor(
                 [
                     sum(self.objective.weight(batch) for batch in batches),
                     sum(int(batch.cu_seqlens[-1]) for batch in batches if batch.records),
                     sum(int((batch.loss_weights > 0).sum()) for batch in batches),
                     bad_records,
+                    sum(map(self.work, batches)),
                     *(sum(batch.units(kind) for batch in batches) for kind in KINDS),
                 ],
                 dtype=torch.float64,
@@ -92,7 +98,7 @@ class TrainStep:
         )
         weight = float(counts[0])
         # DeepSpeed updates in its last backward, so the rates are set before it.
-        rates = self.rates.set(self.optimizer, step, self._idle(counts[4:]))
+        rates = self.rates.set(self.engine.param_groups, step, self._idle(counts[5:]))
         # Row 2 tells of requests to stop. All of it stays on the device until the step ends: a look would wait for it.
         sums = torch.zeros(3, self.sources, dtype=torch.float64, device=self.accelerator.device)
         losses: list[Tensor] = []
@@ -103,11 +109,11 @@ class TrainStep:
             weights = here.loss_weights.double()
             sums[0].index_add_(0, here.target_sources, losses[-1] * weights)
             sums[1].index_add_(0, here.target_sources, weights)
-        grad_norm = self._update()
-        updated = math.isfinite(grad_norm)
-        found = [] if updated else list(map(_not_finite, losses, batches))
         sums[2] = float(self.stop.requested)
-        sums = self._summed(sums)
+        grad_norm, sums = self._on_host(self.engine.gradient_norm(), self._reduced(sums))
+        updated = math.isfinite(grad_norm)
+        self.engine.update(is_finite=updated)
+        found = [] if updated else list(map(_not_finite, losses, batches))
         return StepResult(
             loss=float(sums[0].sum()) / weight if weight else 0.0,
             source_losses=sums[0] / sums[1],
@@ -119,6 +125,8 @@ class TrainStep:
             updated=updated,
             suspects=[record for of_pack in found for record in of_pack],
             stop=bool(sums[2].any()),
+            flops=float(counts[4]),
+            device_wait_s=self._device_wait_s,
         )
 
     def _idle(self, units: Tensor) -> set[str]:
@@ -127,38 +135,33 @@ class TrainStep:
         return {module for module, kind in self.media.items() if kind not in used}
 
     def _forward_backward(self, batch: Batch, weight: float, *, is_last: bool) -> Tensor:
-        """The pack's share of the step's gradient; returns the loss of each target.
-
-        The engines average gradients over the ranks, so the sum is scaled up by their number.
-        """
-        self.accelerator.gradient_state._set_sync_gradients(is_last)
-        with self._without_reduction() if not is_last else nullcontext():
-            loss = self.objective.loss(self.model, batch)
-            scale = self.accelerator.num_processes / weight if weight else 0.0
-            self.accelerator.backward(loss.total * scale)
+        """The pack's share of the step's gradient; returns the loss of each target."""
+        loss = self.objective.loss(self.engine.model, batch)
+        self.engine.backward(loss.total * (1 / weight if weight else 0.0), is_last=is_last)
         return loss.each
 
-    def _without_reduction(self) -> AbstractContextManager:
-        if isinstance(self.model, DistributedDataParallel):
-            return self.model.no_sync()
-        return nullcontext()
+    def _counts(self, of_rank: Tensor) -> Tensor:
+        """The sums of all ranks' counts, on the host: they leave it only where hosts cannot sum them."""
+        if self.accelerator.num_processes == 1:
+            return of_rank
+        if hosts_are_connected():
+            return self._reduced(of_rank)
+        return self._fetch(self._reduced(of_rank.to(self.accelerator.device)))
 
-    def _update(self) -> float:
-        """Clip and step (DeepSpeed did both in its last backward); returns the norm before clipping.
+    def _reduced(self, values: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(values, reduction="sum"))
 
-        The norm is that of all ranks' gradients together, so where it is not finite, all ranks leave the step out.
-        """
-        if self._deepspeed:
-            return float(cast(Any, self.model).get_global_grad_norm())
-        limit = self.max_grad_norm or float("inf")
-        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        if torch.isfinite(grad_norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(grad_norm)
+    def _on_host(self, grad_norm: Tensor, sums: Tensor) -> tuple[float, Tensor]:
+        """The norm and the sums in one copy: the host's one wait for the device in a step."""
+        both = self._fetch(torch.cat([grad_norm.double().reshape(1), sums.flatten()]))
+        return float(both[0]), both[1:].view_as(sums)
 
-    def _summed(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").cpu()
+    def _fetch(self, values: Tensor) -> Tensor:
+        """Copy to the host, and count the time: all that a step waits for its device is waited for here."""
+        began = time.perf_counter()
+        here = values.cpu()
+        self._device_wait_s += time.perf_counter() - began
+        return here
 
 
 def _seed_of(seed: int, step: int, records: Sequence[int]) -> int:

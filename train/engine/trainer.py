@@ -66,6 +66,7 @@ class Trainer:
     name_of: a record's file and line, by its index.
     predictions: folder of the answers of each evaluation.
     observers: empty but on the main process.
+    peak_flops: operations a second that the devices of all ranks can do at most; None where it is not known.
     """
 
     accelerator: Accelerator
@@ -81,6 +82,7 @@ class Trainer:
     evaluator: Evaluator | None
     predictions: Path
     observers: Sequence[Observer]
+    peak_flops: float | None = None
     position: Position = field(default_factory=Position)
     _evaluation: dict[str, float] = field(default_factory=dict)
     _best: float | None = None
@@ -96,7 +98,7 @@ class Trainer:
                 f"from the run's export, with model.path={checkpoint.parent.parent / 'export'}"
             )
         with saved_state(checkpoint) as saved:
-            self.trained.load(saved, state["parameters"], state["position"]["updates"])
+            self.trained.load(saved, state, state["position"]["updates"])
         self.quarantine.restore(state["quarantine"])
         self.position = Position(**state["position"])
         self._evaluation = state["evaluation"]
@@ -121,7 +123,7 @@ class Trainer:
         return done
 
     def _run_to_the_end(self) -> bool:
-        self.train_step.model.train()
+        self.train_step.engine.model.train()
         steps = self._fetch()  # the workers start now, and decode while the model is evaluated
         stopped = False
         if self.position.step == 0 and self.intervals.evaluate_first:
@@ -161,7 +163,7 @@ class Trainer:
             "step": self.position.step,
             "position": asdict(self.position),
             "plan": self.plan_digest,
-            "parameters": self.trained.shapes(),
+            **self.trained.description(),
             "quarantine": self.quarantine.state(),
             "evaluation": self._evaluation,
             "best": self._best,
@@ -174,7 +176,7 @@ class Trainer:
         if self.evaluator is None:
             return True
         with announced("evaluating the held-out records"):
-            evaluation = self.evaluator.evaluate(self.train_step.model)
+            evaluation = self.evaluator.evaluate(self.train_step.engine.model)
         if evaluation is None:
             return False
         self._evaluation = evaluation.values
@@ -218,14 +220,17 @@ class Trainer:
         if result.bad_records:
             self.quarantine.add(gather_object(fetched.bad))
         losses = zip(self.source_names, result.source_losses.tolist(), strict=True)
+        step_s = time.perf_counter() - began + wait_s
         report = StepReport(
             step=self.position.step,
             loss=result.loss,
             grad_norm=result.grad_norm,
             tokens=result.tokens,
             supervised_tokens=result.supervised_tokens,
-            step_s=time.perf_counter() - began + wait_s,
+            step_s=step_s,
             data_wait_s=wait_s,
+            device_wait_s=result.device_wait_s,
+            mfu=result.flops / step_s / self.peak_flops if self.peak_flops else None,
             rates=result.rates,
             not_finite=self.position.step - self.position.updates,
             source_losses={name: loss for name, loss in losses if loss == loss},

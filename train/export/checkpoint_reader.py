@@ -7,7 +7,8 @@ step-000200/
 
 A rank's part is made of fragments: stretches of flattened parameters, float32, under keys "<kind>/<name>/<start>".
 The ranks' parts together hold each parameter's fp32 master weights and both Adam moments once, whatever the engine and
-the number of ranks were, so any other engine on any number of ranks can read from them what it needs.
+the number of ranks were, so any other engine on any number of ranks can read from them what it needs. The state of
+other optimizers is there under its own names, 8-bit codes and their scales as they are.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,13 @@ class SavedState:
         self._open.close()
 
     def read(self, kind: str, name: str, start: int, size: int) -> Tensor:
-        """Float32 (size,): a stretch of a flattened parameter, put together of the fragments that hold it."""
-        values = torch.empty(size)
-        for first, count, held, key in self._fragments[kind, name]:
+        """(size,): a stretch of a flattened tensor, as stored, put together of the fragments that hold it."""
+        parts = []
+        for first, count, held, key in sorted(self._fragments[kind, name], key=itemgetter(0)):
             low, high = max(first, start), min(first + count, start + size)
             if low < high:
-                values[low - start : high - start] = held.get_slice(key)[low - first : high - first]
-        return values
+                parts.append(held.get_slice(key)[low - first : high - first])
+        return torch.cat(parts) if parts else torch.empty(0)
 
 
 class TrainedWeights(Mapping[str, Tensor]):

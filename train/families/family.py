@@ -48,7 +48,7 @@ class Family:
     rules: Rules
     """Ordered (pattern of parameter names, module); every parameter must be covered."""
     flops_function: str
-    """Predicts a step's work: (model, tuned modules) to `modules.flops.Flops`."""
+    """Predicts a step's work: (model, tuned modules, adapted ones) to `modules.flops.Flops`."""
     media: Mapping[str, Kind]
     """The kind of media that a module needs in a step to have anything to learn from; one not named always learns."""
     lora_targets: Mapping[str, tuple[str, ...]]
@@ -98,7 +98,7 @@ class Family:
 
         Args:
             dtype: of the weights; None = as stored.
-            in_float32: whether the parameter of a name is float32 whatever `dtype` says; buffers then are, too.
+            in_float32: whether the parameter of a name is float32 whatever `dtype` says.
             device: None = the CPU, or under ZeRO-3 where DeepSpeed puts its shards.
 
         Raises CheckpointError where weights are missing, or a file of them is damaged.
@@ -138,9 +138,11 @@ class Family:
         with register_module_parameter_registration_hook(_on_meta):  # type: ignore[arg-type]  # it may answer
             return model_class(self.config(folder))
 
-    def flops(self, model: nn.Module, tuned: Collection[str]) -> Flops:
-        """Predicted floating-point work of a training step in which the `tuned` modules learn."""
-        return _resolve(self.flops_function)(model, tuned)
+    def flops(self, model: nn.Module, tuned: Collection[str], adapted: Collection[str] = ()) -> Flops:
+        """Predicted floating-point work of a training step in which the `tuned` modules learn, the `adapted` ones of
+        them through adapters alone.
+        """
+        return _resolve(self.flops_function)(model, tuned, adapted)
 
     def conversion(self, form: str) -> Any:
         """The `conversion.Conversion` to a form."""
@@ -214,11 +216,10 @@ def quieten_transformers() -> None:
 
 
 def _with_float32(model_class: Any, in_float32: Callable[[str], bool]) -> Any:
-    """The class, whose `from_pretrained` loads what `in_float32` names, and all buffers, in float32."""
+    """The class, whose `from_pretrained` loads what `in_float32` names in float32."""
 
     def dtype_plan(self: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
         names = [name for name, _ in self.named_parameters() if in_float32(name)]
-        names += [name for name, _ in self.named_buffers()]
         return {f"^{re.escape(name)}$": torch.float32 for name in names}
 
     # transformers asks this method for what stays float32 in a model of half precision.

@@ -7,8 +7,9 @@ from train.families.family import Family, read_json
 from train.families.megrez_instruct import MEGREZ_INSTRUCT
 from train.families.megrezo import MEGREZO
 from train.families.minicpm import MINICPM, MINICPM_LLAMA
+from train.families.qwen_omni import QWEN_OMNI
 
-FAMILIES: list[Family] = [MEGREZO, MEGREZ_INSTRUCT, MINICPM, MINICPM_LLAMA]
+FAMILIES: list[Family] = [MEGREZO, MEGREZ_INSTRUCT, MINICPM, MINICPM_LLAMA, QWEN_OMNI]
 """A family is added here; the first that recognises a folder has it."""
 
 

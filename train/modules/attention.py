@@ -2,7 +2,8 @@
 
 On CUDA in half precision, from Ampere on, it is torch's variable-length kernel; elsewhere SDPA, one call for each
 distinct length. Nothing is padded, no mask is built, and a segment's output does not depend on its
-neighbours.
+neighbours. Either is a single operator to torch.compile, which so sees no lengths: they would be constants of its
+graphs, and each pack a new graph.
 
 The same function serves transformers' Llama under the attention name "omnitune": a forward that is
 given `segments` attends within them, any other forward (generation with its cache and padding mask)
@@ -10,6 +11,7 @@ is plain SDPA.
 """
 
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -47,13 +49,18 @@ class Segments:
     def of(cls, lengths: list[int], device: torch.device) -> "Segments":
         """Segments of these lengths, one after the other."""
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        return cls(tuple(lengths), ends.to(device, non_blocking=True), max(lengths))
+        return cls(tuple(lengths), to_device(ends, device), max(lengths))
 
     @classmethod
     def of_cu_seqlens(cls, cu_seqlens: Tensor, device: torch.device) -> "Segments":
         """Segments between cumulative lengths, int32 (N + 1,); waits for the device if they lie on one."""
         lengths = cu_seqlens.diff().tolist()
         return cls(tuple(lengths), cu_seqlens.to(device, non_blocking=True), max(lengths))
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """What the host has made, on the device, without a wait (which pageable memory may cost)."""
+    return (values if values.device == device else values.pin_memory()).to(device, non_blocking=True)
 
 
 def varlen_attention(
@@ -76,12 +83,9 @@ def varlen_attention(
         scale: None means 1/√Dh.
 
     Returns:
-        (T, H, Dh), in autocast's dtype where that is on.
+        (T, H, Dh)
     """
     segments_k = segments_k or segments_q
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _has_varlen_kernel(q.device):
         options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
         if q.shape[1] != k.shape[1]:
@@ -91,38 +95,107 @@ def varlen_attention(
     return _attention_by_length(q, k, v, segments_q, segments_k, causal=causal, scale=scale)
 
 
+def _attention_by_length(
+    q: Tensor, k: Tensor, v: Tensor, segments_q: Segments, segments_k: Segments, *, causal: bool, scale: float | None
+) -> Tensor:
+    """The same by SDPA: segments of equal lengths share a call, and the outputs are put back in order."""
+    if (repeats := q.shape[1] // k.shape[1]) > 1:
+        # Not `enable_gqa`: in float32 on CUDA that falls back to a T×T matrix.
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    if torch.compiler.is_compiling():
+        out, _ = _opaque_attention(q, k, v, segments_q.cu_seqlens, segments_k.cu_seqlens, causal, scale)
+        return out
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale),)
+
+    return _by_length(attend, (q, segments_q.lengths), (k, segments_k.lengths), (v, segments_k.lengths))[0]
+
+
+@torch.compiler.assume_constant_result
 @lru_cache
 def _has_varlen_kernel(device: torch.device) -> bool:
     """Whether the GPU is an Ampere or later: on older ones the kernel crashes."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _attention_by_length(
+def _by_length(function: Callable[..., tuple[Tensor, ...]], *rows: tuple[Tensor, Sequence[int]]) -> tuple[Tensor, ...]:
+    """What `function` makes of each segment: those of equal lengths share a call, results are put back in order.
+
+    rows: (T, H, ...) and the lengths of its segments; `function` takes and returns (segments, H, length, ...).
+    """
+    numbers_of: dict[tuple[int, ...], list[int]] = {}
+    for number, lengths in enumerate(zip(*(lengths for _, lengths in rows), strict=True)):
+        numbers_of.setdefault(lengths, []).append(number)
+    pieces = [x.split(list(lengths)) for x, lengths in rows]
+    results: dict[int, tuple[Tensor, ...]] = {}
+    for numbers in numbers_of.values():
+        stacked = (torch.stack([piece[n] for n in numbers]).transpose(1, 2) for piece in pieces)
+        found = zip(*(result.transpose(1, 2).unbind() for result in function(*stacked)), strict=True)
+        results.update(zip(numbers, found, strict=True))
+    return tuple(torch.cat(column) for column in zip(*(results[n] for n in range(len(results))), strict=True))
+
+
+@torch.library.custom_op("omnitune::attention", mutates_args=(), device_types="cpu")
+def _opaque_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention by length as a single operator, on a CPU: (T, H, Dh), and float32 (T, H) for its backward."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    out, log_sums = _by_length(attend, (q, lengths_q), (k, lengths_k), (v, lengths_k))
+    return out, log_sums
+
+
+@_opaque_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float | None):
+    log_sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=log_sums)
+
+
+@torch.library.custom_op("omnitune::attention_backward", mutates_args=(), device_types="cpu")
+def _opaque_backward(
+    grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments_q: Segments,
-    segments_k: Segments,
-    *,
+    out: Tensor,
+    log_sums: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     causal: bool,
     scale: float | None,
-) -> Tensor:
-    """The same by SDPA: segments of equal lengths share a call, and the outputs are put back in order."""
-    if (repeats := q.shape[1] // k.shape[1]) > 1:
-        # Not `enable_gqa`: in float32 on CUDA that falls back to a T×T matrix.
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    numbers_of: dict[tuple[int, int], list[int]] = {}
-    for number, lengths in enumerate(zip(segments_q.lengths, segments_k.lengths, strict=True)):
-        numbers_of.setdefault(lengths, []).append(number)
+) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(*of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*of, 0.0, causal, scale=scale)
 
-    pieces = [x.split(s.lengths) for x, s in ((q, segments_q), (k, segments_k), (v, segments_k))]
-    outputs: list[Tensor] = [q] * len(segments_q.lengths)
-    for numbers in numbers_of.values():
-        q_n, k_n, v_n = (torch.stack([piece[n] for n in numbers]).transpose(1, 2) for piece in pieces)
-        out = F.scaled_dot_product_attention(q_n, k_n, v_n, is_causal=causal, scale=scale).transpose(1, 2)
-        for number, output in zip(numbers, out.unbind(), strict=True):
-            outputs[number] = output
-    return torch.cat(outputs)
+    of_q, of_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    rows = (grad, of_q), (q, of_q), (k, of_k), (v, of_k), (out, of_q), (log_sums, of_q)
+    grad_q, grad_k, grad_v = _by_length(gradients, *rows)
+    return grad_q, grad_k, grad_v
+
+
+@_opaque_backward.register_fake
+def _(grad, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.causal, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, out, log_sums = ctx.saved_tensors
+    grads = _opaque_backward(grad, q, k, v, out, log_sums, cu_seqlens_q, cu_seqlens_k, ctx.causal, ctx.scale)
+    return *grads, None, None, None, None
+
+
+_opaque_attention.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def llm_attention(

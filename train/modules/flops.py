@@ -34,11 +34,11 @@ class Flops:
         return self.token * tokens + self.token_squared * tokens**2 + media
 
 
-def text_flops(model: nn.Module, tuned: Collection[str]) -> Flops:
-    """The work of a model of text alone; `tuned`: modules that learn; a model on the meta device will do."""
+def text_flops(model: nn.Module, tuned: Collection[str], adapted: Collection[str] = ()) -> Flops:
+    """The work of a model of text alone, on the meta device will do; `tuned`, `adapted`: see `passes_of`."""
     config: Any = model.config
     layers = [layer for name, layer in model.named_modules() if name.endswith("model.layers")]
-    passes = passes_of(tuned)["llm"]
+    passes = passes_of(tuned, adapted)["llm"]
     return Flops(
         token=2 * sum(map(parameters_of, layers)) * passes,
         token_squared=2 * config.hidden_size * config.num_hidden_layers * passes,
@@ -46,14 +46,19 @@ def text_flops(model: nn.Module, tuned: Collection[str]) -> Flops:
     )
 
 
-def passes_of(tuned: Collection[str]) -> Mapping[str, int]:
-    """Forwards' worth of work that a step spends in each module: 1 frozen, 2 passed through, 3 learning."""
+def passes_of(tuned: Collection[str], adapted: Collection[str] = ()) -> Mapping[str, int]:
+    """Forwards' worth of work that a step spends in each module: 1 frozen, 2 passed through, 3 learning.
+
+    tuned: modules that learn.
+    adapted: those that learn through adapters alone. Their own weights need no gradient; what the adapters add, some
+    percent of a forward, is left out.
+    """
     below: dict[str, tuple[str, ...]] = {"llm": ("vision_encoder", "vision_proj", "audio_encoder", "audio_proj")}
     below |= {"vision_proj": ("vision_encoder",), "audio_proj": ("audio_encoder",)}
     passes = {}
     for name in ("llm", "vision_proj", "vision_encoder", "audio_proj", "audio_encoder"):
         if name in tuned:
-            passes[name] = 3
+            passes[name] = 2 if name in adapted else 3
         else:
             passes[name] = 2 if set(below.get(name, ())) & set(tuned) else 1
     return passes

@@ -3,26 +3,30 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from train.modules.attention import ATTENTION_NAME, Segments
 
 
-class RotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's rotary embedding, whose frequencies stay float32 when the model is cast.
+class ExactBuffers(nn.Module):
+    """Mixed into a module whose buffers stay float32 when the model is cast."""
 
-    In bfloat16, as `model.bfloat16()` (and so DeepSpeed) leaves them, angles are wrong by radians after some
-    hundred tokens.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExactBuffers":
         exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
             setattr(self, name, buffer.to(getattr(self, name).device))
         return self
+
+
+class RotaryEmbedding(ExactBuffers, LlamaRotaryEmbedding):
+    """Llama's rotary embedding with exact frequencies.
+
+    In bfloat16, as `model.bfloat16()` (and so DeepSpeed) leaves them, angles are wrong by radians after some
+    hundred tokens.
+    """
 
 
 def build_llm(config: LlamaConfig) -> LlamaForCausalLM:
@@ -38,7 +42,7 @@ def packed_hidden_states(llm: LlamaForCausalLM, embeddings: Tensor, position_ids
 
     Args:
         embeddings: (T, D)
-        position_ids: int64 (T,), starting again at 0 with each sample.
+        position_ids: int64 (T,), or (R, T) for a model of several rows; starting again at 0 with each sample.
         segments: the samples' lengths.
 
     Returns:
@@ -49,7 +53,7 @@ def packed_hidden_states(llm: LlamaForCausalLM, embeddings: Tensor, position_ids
     no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=embeddings.device)
     out = llm.model(
         inputs_embeds=embeddings.unsqueeze(0),
-        position_ids=position_ids.unsqueeze(0),
+        position_ids=position_ids.unsqueeze(-2),
         attention_mask=no_mask,
         use_cache=False,
         segments=segments,

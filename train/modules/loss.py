@@ -36,45 +36,41 @@ def token_losses(
         return liger_fused_linear_cross_entropy(
             hidden, head_weight, targets, reduction="none", accum_dtype=torch.float32
         )
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
-    return _TokenLosses.apply(hidden, head_weight, targets, chunk, dtype)
+    return _TokenLosses.apply(hidden, head_weight, targets, chunk)
 
 
 class _TokenLosses(torch.autograd.Function):
-    """The products run in `dtype`; sums over words and over chunks run in float32."""
+    """The products run in the weight's dtype; sums over words and over chunks run in float32."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-        product_weight = weight.to(dtype)
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         log_sums = torch.empty_like(losses)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = _logits(hidden[rows], product_weight)
+            logits = _logits(hidden[rows], weight)
             log_sums[rows] = logits.logsumexp(dim=-1)
             losses[rows] = log_sums[rows] - logits.gather(1, targets[rows, None]).squeeze(1)
         ctx.save_for_backward(hidden, weight, targets, log_sums)
-        ctx.chunk, ctx.dtype = chunk, dtype
+        ctx.chunk = chunk
         return losses
 
     @staticmethod
     def backward(ctx, grad_losses: Tensor):
         hidden, weight, targets, log_sums = ctx.saved_tensors
-        product_weight = weight.to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             # d loss / d logits = softmax − one-hot
-            grad = _logits(hidden[rows], product_weight).sub_(log_sums[rows, None]).exp_()
+            grad = _logits(hidden[rows], weight).sub_(log_sums[rows, None]).exp_()
             grad[torch.arange(len(grad), device=grad.device), targets[rows]] -= 1.0
-            grad = grad.mul_(grad_losses[rows, None]).to(ctx.dtype)
+            grad = grad.mul_(grad_losses[rows, None]).to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ product_weight
+                grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
-                _add_product(grad_weight, grad.T, hidden[rows].to(ctx.dtype))
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+                _add_product(grad_weight, grad.T, hidden[rows].to(weight.dtype))
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What learns, and how fast: one ordered list of rules that covers every parameter, or fails."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -72,6 +72,7 @@ class Group:
     module: str
     lr: float
     weight_decay: float
+    by_muon: bool
     parameters: list[nn.Parameter]
 
 
@@ -83,18 +84,20 @@ def parameter_groups(
     adapter_rate: float,
     weight_decay: float,
     shape_of: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
+    by_muon: Collection[nn.Parameter] = (),
 ) -> list[Group]:
-    """The trainable parameters by module and decay; matrices decay, vectors and single tensors do not.
+    """The trainable parameters by module, decay and optimizer; matrices decay, vectors and single tensors do not.
 
     Adapters are groups of their own, named "<module>.lora", at `adapter_rate`.
     shape_of: a parameter's shape, which engines that shard it know.
+    by_muon: what Muon updates; AdamW takes the rest.
     """
-    collected: dict[tuple[str, str, float, float], list[nn.Parameter]] = {}
+    collected: dict[tuple[str, str, float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         module = module_of(name, rules)
         label, rate = (f"{module}.lora", adapter_rate) if is_adapter(name) else (module, rates[module])
         decay = weight_decay if len(shape_of(parameter)) > 1 else 0.0
-        collected.setdefault((label, module, rate, decay), []).append(parameter)
+        collected.setdefault((label, module, rate, decay, parameter in by_muon), []).append(parameter)
     return [Group(*about, found) for about, found in collected.items()]

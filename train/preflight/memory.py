@@ -1,13 +1,12 @@
 """GPU memory of a training step, from the real model on fake tensors: no weights, no device, no values.
 
 The model's parameters are fake tensors on the CPU, and a dispatch mode sums the storages that live, as CUDA's allocator
-rounds them. Three substitutions make the CPU's ways CUDA's: attention by one kernel, LayerNorm in float32 under
-autocast, dropout that keeps a mask of bytes.
+rounds them. Two substitutions make the CPU's ways CUDA's: attention by one kernel, dropout that keeps a mask of bytes.
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from train.config import Options, Precision
+from train.config import Options
 from train.engine.accelerator import zero_stage
-from train.engine.build import weight_dtypes, with_trainable
+from train.engine.build import compute_dtype_of, weight_dtypes, with_trainable
+from train.engine.masters import MasterWeights
 from train.families.family import Family
 from train.modules import attention
 from train.modules.attention import Segments
@@ -39,10 +39,12 @@ _ROUND = 512
 class Measured:
     """Bytes of a micro-batch on one device without sharding, and the values that learn.
 
-    peak is the most that lives at a time while gradients are held; weights and gradients are parts of it.
+    peak is the most that lives at a time while gradients are held; weights, masters and gradients are parts of it.
     """
 
     weights: int
+    masters: int
+    """fp32 master weights that our engines keep apart; DeepSpeed's are not among what is measured"""
     gradients: int
     peak: int
     trained: int
@@ -54,8 +56,8 @@ class Measured:
 
     @property
     def activations(self) -> int:
-        """What lives at the peak beside weights and gradients."""
-        return self.peak - self.weights - self.gradients
+        """What lives at the peak beside weights, master weights and gradients."""
+        return self.peak - self.weights - self.masters - self.gradients
 
 
 class LiveBytes(TorchDispatchMode):
@@ -96,22 +98,23 @@ def measure_step(options: Options, family: Family, folder: Path, batch: Batch) -
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _fake_model(options, family, folder, mode)
     fake = _fake_batch(batch, mode)
-    in_autocast = options.run.precision is Precision.bf16 and not zero_stage(options)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with _as_on_cuda(), LiveBytes() as live:
-        for held in (*model.parameters(), *model.buffers()):
+        masters = None if zero_stage(options) else _masters(options, trained, mode)
+        weights = [*model.parameters(), *model.buffers()]
+        for held in weights:
             live.hold(held)
-        weights = live.now
         for _ in range(2):
             live.peak = live.now
-            with torch.autocast("cpu", torch.bfloat16) if in_autocast else nullcontext():
-                loss = NextToken().loss(model, fake)
+            loss = NextToken().loss(model, fake)
             loss.total.backward()
             del loss
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = sum(_rounded(parameter.grad) for parameter in trained if parameter.grad is not None)
+    apart = [masters[parameter] for parameter in trained if masters[parameter] is not parameter] if masters else []
+    gradients = masters.buckets if masters else [value.grad for value in trained if value.grad is not None]
     return Measured(
-        weights=weights,
-        gradients=gradients,
+        weights=_bytes(weights),
+        masters=_bytes(apart),
+        gradients=_bytes(gradients),
         peak=live.peak,
         trained=sum(parameter.numel() for parameter in trained),
         largest_group=_largest_group(model, family),
@@ -119,8 +122,16 @@ def measure_step(options: Options, family: Family, folder: Path, batch: Batch) -
     )
 
 
-def _rounded(tensor: Tensor) -> int:
-    return -(-tensor.untyped_storage().nbytes() // _ROUND) * _ROUND
+def _masters(options: Options, trained: Sequence[nn.Parameter], mode: FakeTensorMode) -> MasterWeights:
+    """Our engines' own master weights and gradients."""
+    with mode:
+        return MasterWeights(trained, compute_dtype_of(options))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the tensors' storages, as CUDA's allocator rounds them; what several share is counted once."""
+    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(-(-size // _ROUND) * _ROUND for size in storages.values())
 
 
 def _largest_group(model: nn.Module, family: Family) -> int:
@@ -173,7 +184,6 @@ def _as_on_cuda() -> Iterator[None]:
     functional = torch.nn.functional
     with (
         patch.object(attention, "_attention_by_length", _attention_kernel),
-        patch.object(functional, "layer_norm", _layer_norm(functional.layer_norm)),
         patch.object(functional, "dropout", _dropout(functional.dropout)),
     ):
         yield
@@ -199,17 +209,6 @@ def _attention_kernel(
     q: Tensor, k: Tensor, v: Tensor, segments_q: Segments, segments_k: Segments, *, causal: bool, scale: float | None
 ) -> Tensor:
     return _Attention.apply(q, k, v)
-
-
-def _layer_norm(original: Any) -> Any:
-    def layer_norm(values: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-        if not torch.is_autocast_enabled("cpu"):
-            return original(values, shape, weight, bias, eps)
-        with torch.autocast("cpu", enabled=False):
-            weight, bias = (one if one is None else one.float() for one in (weight, bias))
-            return original(values.float(), shape, weight, bias, eps)
-
-    return layer_norm
 
 
 def _dropout(original: Any) -> Any:

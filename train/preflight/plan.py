@@ -7,11 +7,11 @@ from functools import partial
 
 import numpy as np
 
-from train.checks import tuned_modules
-from train.config import Engine, Options, Precision
+from train.config import CheckpointingOptions, Engine, OptimizerName, Options, Precision
 from train.data.loader import StepPlan
 from train.data.record_set import RecordSet, Watching
 from train.data.workers import Results
+from train.engine.build_data import flops_of
 from train.errors import OmniTuneError
 from train.preflight.memory import Measured, measure_step
 from train.preflight.prepare import Prepared
@@ -25,8 +25,9 @@ _CONTEXT = 0.6 + 0.22
 _FRAGMENTATION = 0.07
 """Share of the tensors' bytes that the allocator loses to fragmentation: 5 to 10 %. Not measured here."""
 
-_MOMENTS = 8
-"""Bytes of AdamW's two fp32 moments, for each value that learns."""
+_MOMENTS = {OptimizerName.adamw: 8.0, OptimizerName.adamw_8bit: 2 * (1 + 4 / 256), OptimizerName.muon: 8.0}
+"""Bytes of an optimizer's moments, for each trained value: two fp32 ones, or codes of a byte and a scale for each 256.
+Muon has one moment for matrices; how many of the values those are is not counted here, so it is taken for AdamW."""
 
 _MASTER = 4
 """Bytes of an fp32 master weight."""
@@ -73,7 +74,8 @@ def gpu_memory(options: Options, measured: Measured, gpus: int) -> GpuMemory:
     if options.lora.load_in_4bit:
         stored = 2 if options.run.precision is Precision.bf16 else 4
         weights -= measured.quantizable * (stored - _NF4)
-    optimizer = (_MASTER + _MOMENTS) * measured.trained / shards if stage else _MOMENTS * measured.trained
+    moments = _MOMENTS[options.optim.name] * measured.trained
+    optimizer = (_MASTER * measured.trained + moments) / shards if stage else measured.masters + moments
     activations = float(measured.activations)
     if stage == 3:
         gathered = min(weights, 2 * _GATHERED)
@@ -153,7 +155,6 @@ def choices(prepared: Prepared, batch: Batch, gpus: int) -> list[Choice]:
         case: measure_step(_variant(prepared.options, *case), prepared.family, prepared.folder, batch)
         for case in sorted(cases)
     }
-    skeleton = prepared.family.skeleton(prepared.folder)
     whole = None
     made = []
     for form, engine, on in ways:
@@ -162,10 +163,10 @@ def choices(prepared: Prepared, batch: Batch, gpus: int) -> list[Choice]:
         options.engine.name = Engine(engine)
         options.lora.load_in_4bit = form == "lora=qlora"
         row = np.array([[len(batch.input_ids), *(batch.units(kind) for kind in KINDS)]])
-        flops = float(prepared.family.flops(skeleton, tuned_modules(options)).of(row)[0])
+        flops = float(flops_of(options, prepared.family, prepared.folder).of(row)[0])
         whole = whole or flops
         again = 4 / 3 if on else 1.0
-        words = f"{form} engine={engine} run.activation_checkpointing={str(on).lower()}"
+        words = f"{form} engine={engine} run.activation_checkpointing={'full' if on else 'none'}"
         made.append(Choice(words, gpu_memory(options, measured[case], gpus), flops / whole * again))
     return sorted(made, key=lambda choice: -choice.memory.total)
 
@@ -175,7 +176,8 @@ def _variant(options: Options, lora: bool, deepspeed: bool, checkpointing: bool)
     changed = deepcopy(options)
     changed.lora.modules = ["llm"] if lora else []
     changed.engine.name = Engine.zero2 if deepspeed else Engine.none
-    changed.run.activation_checkpointing = checkpointing
+    every = "full" if checkpointing else "none"
+    changed.run.activation_checkpointing = CheckpointingOptions(every, every)
     return changed
 
 
@@ -183,7 +185,7 @@ def as_text(prepared: Prepared, measured: Measured, memory: GpuMemory, work: Wor
     """The plan of the run itself, for a terminal."""
     options, trained = prepared.options, measured.trained
     kept = options.checkpoint.keep_last + 1
-    checkpoint = (_MASTER + _MOMENTS) * trained / 1e9
+    checkpoint = (_MASTER + _MOMENTS[options.optim.name]) * trained / 1e9
     host = checkpoint * (1 + (16 / 12 if options.engine.name.offloads else 0))
     parts = [
         ("weights", memory.weights),

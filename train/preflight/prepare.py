@@ -9,7 +9,7 @@ from train.checks import model_folder
 from train.config import Options
 from train.data.loader import StepPlan
 from train.data.record_set import BadNote, Measured, RecordSet
-from train.engine.build_data import length_cache, make_plan
+from train.engine.build_data import flops_of, length_cache, make_plan
 from train.engine.terminal import progress_bar
 from train.families.family import Family
 from train.families.registry import find
@@ -40,9 +40,8 @@ class Prepared:
 
     def plan(self) -> StepPlan:
         """The steps of the run."""
-        return make_plan(
-            self.options, self.family, self.folder, self.sets["data.train"], self.measured["data.train"][0]
-        )
+        flops = flops_of(self.options, self.family, self.folder)
+        return make_plan(self.options, flops, self.sets["data.train"], self.measured["data.train"][0])
 
 
 def prepare(options: Options) -> Prepared:

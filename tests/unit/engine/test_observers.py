@@ -18,6 +18,7 @@ def report(step: int) -> StepReport:
         supervised_tokens=10,
         step_s=0.5,
         data_wait_s=0.1,
+        device_wait_s=0.3,
         rates={"llm": 1e-3},
         source_losses={"captions": 2.0},
     )
@@ -46,6 +47,7 @@ def test_a_line_a_step(tmp_path: Path) -> None:
         "tokens_per_s": 200.0,
         "time/step_s": 0.5,
         "time/data_wait_s": 0.1,
+        "time/device_wait_s": 0.3,
     }
 
 

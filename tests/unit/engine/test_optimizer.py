@@ -32,8 +32,10 @@ def test_rates_go_to_the_groups() -> None:
             self.param_groups = [{"lr": 0.0}, {"lr": 0.0}]
 
     optimizer = Optimizer()
-    groups = [Group("llm", "llm", 1e-3, 0.1, []), Group("vision_proj.lora", "vision_proj", 1e-2, 0.0, [])]
+    groups = [Group("llm", "llm", 1e-3, 0.1, False, []), Group("vision_proj.lora", "vision_proj", 1e-2, 0.0, False, [])]
     rates = LearningRates(groups, OptimOptions(warmup_ratio=0.5), total_steps=4)
-    assert rates.set(optimizer, 0) == pytest.approx({"llm": 5e-4, "vision_proj.lora": 5e-3})
+    assert rates.set(optimizer.param_groups, 0) == pytest.approx({"llm": 5e-4, "vision_proj.lora": 5e-3})
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 5e-3])
-    assert rates.set(optimizer, 1, idle={"vision_proj"}) == pytest.approx({"llm": 1e-3, "vision_proj.lora": 0})
+    assert rates.set(optimizer.param_groups, 1, idle={"vision_proj"}) == pytest.approx(
+        {"llm": 1e-3, "vision_proj.lora": 0}
+    )

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from train.modules.attention import Segments, _has_varlen_kernel, llm_attention, varlen_attention
+from train.modules.attention import Segments, _has_varlen_kernel, _opaque_attention, llm_attention, varlen_attention
 
 CPU = torch.device("cpu")
 
@@ -57,10 +57,19 @@ def test_a_segment_alone_gives_the_same_bits(length):
         assert torch.equal(packed[n], varlen_attention(*own, Segments.of([length], CPU), causal=True))
 
 
-def test_autocast_decides_the_dtype():
-    q = random_heads(4, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert varlen_attention(q, q, q, Segments.of([4], CPU)).dtype == torch.bfloat16
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_operator_of_compiled_layers_gives_the_same_with_its_gradients(causal):
+    torch.manual_seed(0)
+    lengths_q, lengths_k = [5, 3, 5, 1, 3], [5, 3, 5, 1, 3] if causal else [2, 9, 2, 4, 1]
+    segments = Segments.of(lengths_q, CPU), Segments.of(lengths_k, CPU)
+    inputs = [random_heads(sum(n), 4).requires_grad_() for n in (lengths_q, lengths_k, lengths_k)]
+    expected = varlen_attention(*inputs, *segments, causal=causal, scale=0.3)
+    found, _ = _opaque_attention(*inputs, *(s.cu_seqlens for s in segments), causal, 0.3)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    pairs = (torch.autograd.grad(out, inputs, weights) for out in (found, expected))
+    torch.testing.assert_close(*pairs)
+    torch.library.opcheck(_opaque_attention, (*inputs, *(s.cu_seqlens for s in segments), causal, 0.3))
 
 
 def test_without_segments_it_is_sdpa_with_a_mask():

@@ -48,7 +48,7 @@ def batch_of(model: Path):
     ("size", "words"),
     [
         ("tiny", []),
-        ("tiny", ["run.activation_checkpointing=true"]),
+        ("tiny", ["run.activation_checkpointing=full"]),
         ("mid-size", ["engine=zero2", "run.precision=bf16"]),
     ],
 )
@@ -63,15 +63,18 @@ def test_bytes_are_those_of_torchs_own_tracker(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = memory._fake_model(options, find(model), model, mode)
     inputs = memory._fake_batch(batch, mode)
+    trained = list(fake.parameters())
     tracker = MemTracker()
-    tracker.track_external(*fake.parameters())
+    tracker.track_external(*trained)
     with memory._as_on_cuda(), tracker:
+        masters = None if "engine=zero2" in words else memory._masters(options, trained, mode)
         for _ in range(2):
             loss = NextToken().loss(fake, inputs)
             loss.total.backward()
             del loss
             tracker.reset_mod_stats()  # else it refuses a second call
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert (masters is None) == ("engine=zero2" in words)
     assert found.peak == pytest.approx(peak, rel=0.01)
 
 
@@ -80,17 +83,29 @@ def test_weights_and_gradients_by_hand(tmp_path: Path) -> None:
     skeleton = find(model).skeleton(model)
     values = sum(parameter.numel() for parameter in skeleton.parameters())
     buffers = sum(buffer.nbytes for buffer in skeleton.buffers())
-    for words, weight in ((["run.precision=fp32"], 4), (["run.precision=bf16"], 4), (["engine=zero2"], 2)):
+    # bytes of a weight, of a master weight kept apart, of a gradient
+    for words, (weight, master, gradient) in (
+        (["run.precision=fp32"], (4, 0, 4)),
+        (["run.precision=bf16"], (2, 4, 4)),
+        (["engine=zero2"], (2, 0, 2)),
+    ):
         found = measure_step(options_of(model, "run.precision=bf16", *words), find(model), model, batch_of(model))
         assert found.weights == pytest.approx(weight * values + buffers, rel=0.01)
-        assert found.gradients == pytest.approx(weight * values, rel=0.01)
+        assert found.masters == pytest.approx(master * values, rel=0.01)
+        assert found.gradients == pytest.approx(gradient * values, rel=0.01)
         assert found.trained == values
         assert found.activations > 0
 
 
 def test_engines_share_out_what_they_say() -> None:
     one = memory.Measured(
-        weights=2 * GIB, gradients=2 * GIB, peak=5 * GIB, trained=GIB, largest_group=GIB // 2, quantizable=GIB // 2
+        weights=2 * GIB,
+        masters=0,
+        gradients=2 * GIB,
+        peak=5 * GIB,
+        trained=GIB,
+        largest_group=GIB // 2,
+        quantizable=GIB // 2,
     )
     options = compose_options([])[0]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from train.modules.attention import Segments, varlen_attention
+from train.modules.attention import Segments, to_device, varlen_attention
 
 _GAP = 2
 """Zero frames before each clip: they keep neighbours apart, and clips at even places for the stride of 2."""
@@ -100,7 +100,7 @@ class AudioEncoder(nn.Module):
         """Both convolutions over all clips at once: (B, F) to (F / 2, n_state), each clip as if alone."""
         row = torch.cat([F.pad(clip, (_GAP, 0)) for clip in mel.split(clip_frames, dim=1)], dim=1)
         is_clip = torch.cat([torch.arange(_GAP + length) >= _GAP for length in clip_frames])
-        is_clip = is_clip.to(mel.device, non_blocking=True)
+        is_clip = to_device(is_clip, mel.device)
         hidden = F.gelu(self.conv1(row[None]))
         # The convolution has written into the gaps; the next one must find zeros there, as at a clip's edge.
         hidden = F.gelu(self.conv2(hidden.where(is_clip, 0.0)))

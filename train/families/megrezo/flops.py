@@ -11,11 +11,11 @@ SLICE_PATCHES = 1024
 """Patches of a usual slice (448×448 pixels), where each attends to all others."""
 
 
-def megrezo_flops(model: nn.Module, tuned: Collection[str]) -> Flops:
+def megrezo_flops(model: nn.Module, tuned: Collection[str], adapted: Collection[str] = ()) -> Flops:
     """The work of a Megrez-3B-Omni.
 
     model: without adapters and not sharded; on the meta device will do.
-    tuned: modules that learn, through adapters too, which overstates these a little.
+    tuned, adapted: see `passes_of`.
     """
     config: Any = model.config
     vision, audio = config.vision_arguments(), config.audio_arguments()
@@ -29,7 +29,7 @@ def megrezo_flops(model: nn.Module, tuned: Collection[str]) -> Flops:
         "audio_proj": audio["n_state"] * config.hidden_size / audio["avg_pool"],
         "conv1": 3 * audio["n_mels"] * audio["n_state"],
     }
-    passes = passes_of(tuned)
+    passes = passes_of(tuned, adapted)
     vision_attention = 4 * SLICE_PATCHES * vision["hidden_size"] * vision["num_hidden_layers"]
     return Flops(
         token=2 * size["llm"] * passes["llm"],

@@ -12,7 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from train.data.audio import SAMPLE_RATE, clip_length, fit_clip, load_clip, log_mel
+from train.data.audio import SAMPLE_RATE, clip_length, load_fitted, log_mel, name_of
 from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
 from train.data.images import load_picture, picture_size, to_rgb
@@ -21,7 +21,7 @@ from train.families.megrezo.geometry import HOP, PictureLayout, audio_places, me
 from train.families.megrezo.slices import SliceSettings, slices_of
 from train.families.megrezo.template import CHAT_TEMPLATE_JINJA, MEGREZ_TEMPLATE
 from train.model_settings import count_faults, fixed_faults, kind_faults, refuse
-from train.schema import MediaSource, Slice
+from train.schema import Slice
 
 LongAudio = Literal["quarantine", "cut"]
 
@@ -30,9 +30,6 @@ IMAGE_ENDS = ("<|image_start|>", "<|image_end|>")
 SLICE_ENDS = ("<|slice_start|>", "<|slice_end|>")
 IMAGE_ID_ENDS = ("<|image_id_start|>", "<|image_id_end|>")
 AUDIO_ENDS = ("<|audio_start|>", "<|audio_end|>")
-
-CLIP_TOLERANCE = (0.1, 0.01)
-"""How far a clip may differ from its header: seconds, and a share of its length."""
 
 _FIXED = {"norm_mean": [0.5] * 3, "norm_std": [0.5] * 3, "sampling_rate": SAMPLE_RATE, "hop_length": HOP, "n_fft": 400}
 """The only values of these keys in preprocessor_config.json: the model norms pixels itself, mels are Whisper's."""
@@ -230,7 +227,7 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
             places = self._extend(tokens, self.picture_tokens(layout, len(tokens.of("image"))))
             tokens.media.append(Medium("image", source, layout, begin, len(tokens.ids), places))
         else:
-            samples = self.usable_samples(clip_length(source), f"audio {_name(source)}")
+            samples = self.usable_samples(clip_length(source), f"audio {name_of(source)}")
             places = self._extend(tokens, self.clip_tokens(samples))
             tokens.media.append(Medium("audio", source, samples, begin, len(tokens.ids), places))
 
@@ -273,20 +270,10 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         """Of a picture uint8 (P, 3·patch²) and (S, 2); of a clip float32 (F, B) and (1,)."""
         if medium.kind == "image":
             return slices_of(load_picture(medium.source), self.image_processor.slice_settings)
-        mel = self._mel(medium)
+        samples, extractor = medium.size, self.feature_extractor
+        decoded = load_fitted(medium.source, samples, is_cut=samples == extractor.n_samples)
+        mel = log_mel(decoded, extractor, mel_frames(samples))
         return mel, torch.tensor([len(mel)])
-
-    def _mel(self, clip: Medium) -> Tensor:
-        samples = clip.size
-        decoded = load_clip(clip.source, samples)
-        if samples == self.feature_extractor.n_samples:  # the longest there is: what follows was cut
-            decoded = decoded[:samples]
-        seconds, share = CLIP_TOLERANCE
-        try:
-            fitted = fit_clip(decoded, samples, seconds + share * samples / SAMPLE_RATE)
-        except BadRecord as fault:
-            raise BadRecord(f"{_name(clip.source)}: {fault}") from None
-        return log_mel(fitted, self.feature_extractor, mel_frames(samples))
 
 
 def _check_settings_match(folder: str | Path, pictures: dict[str, Any], model: dict[str, Any]) -> None:
@@ -298,10 +285,6 @@ def _check_settings_match(folder: str | Path, pictures: dict[str, Any], model: d
             for fault in fixed_faults(pictures, stated)
         ]
     )
-
-
-def _name(source: MediaSource) -> str:
-    return f"'{source}'" if isinstance(source, str) else "(embedded)"
 
 
 def _read_json(folder: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Any]:

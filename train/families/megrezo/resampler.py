@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.modules.attention import Segments, varlen_attention
+from train.modules.attention import Segments, to_device, varlen_attention
 
 HEAD_DIM = 128
 
@@ -82,7 +82,7 @@ def position_embedding(slice_sizes: Tensor, embed_dim: int, device: torch.device
     heights_widths = slice_sizes.tolist()
     columns = torch.cat([torch.arange(width).repeat(height) for height, width in heights_widths])
     rows = torch.cat([torch.arange(height).repeat_interleave(width) for height, width in heights_widths])
-    columns_rows = torch.stack([columns, rows], dim=1).to(device, non_blocking=True)
+    columns_rows = to_device(torch.stack([columns, rows], dim=1), device)
     exponents = torch.arange(embed_dim // 4, dtype=torch.float32, device=device) / (embed_dim // 4)
     angles = columns_rows[..., None] / 10000**exponents
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from train.modules.attention import Segments, varlen_attention
+from train.modules.attention import Segments, to_device, varlen_attention
 
 
 class VisionTower(nn.Module):
@@ -80,7 +80,7 @@ class PatchEmbeddings(nn.Module):
     def forward(self, patches: Tensor, slice_sizes: Tensor) -> Tensor:
         pixels = ((patches.float() - 127.5) / 127.5).to(self.patch_embedding.weight.dtype)
         positions = torch.cat([self._positions(height, width) for height, width in slice_sizes.tolist()])
-        return self.patch_embedding(pixels) + self.position_embedding(positions.to(patches.device, non_blocking=True))
+        return self.patch_embedding(pixels) + self.position_embedding(to_device(positions, patches.device))
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Rows of the position table for a slice of height×width patches, row by row."""

@@ -289,3 +289,12 @@ def test_random_weights_have_sane_scales():
             assert parameter.eq(float(name.endswith("weight"))).all(), name
         else:
             assert not parameter.any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_static_cache_gives_the_same_answers(model, dtype):
+    batch = make_batch(mixed_samples(model.config))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    model.eval().to(dtype)
+    static = model.generate(batch, cache_implementation="static", disable_compile=True, **options)
+    assert [answer.tolist() for answer in static] == [a.tolist() for a in model.generate(batch, **options)]

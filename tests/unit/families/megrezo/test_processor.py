@@ -250,9 +250,7 @@ def test_a_clip_too_short(processor):
 def test_a_header_that_lies(processor, monkeypatch):
     record = talk(("user", [("audio", wav(1.0))]), ("assistant", "a"))
     decoded = {"samples": 8_000}
-    monkeypatch.setattr(
-        "train.families.megrezo.processor.load_clip", lambda *_: np.zeros(decoded["samples"], np.float32)
-    )
+    monkeypatch.setattr("train.data.audio.load_clip", lambda *_: np.zeros(decoded["samples"], np.float32))
     with pytest.raises(BadRecord, match=r"^a\.jsonl:3: \(embedded\): audio of 0\.50 s whose header says 1\.00 s"):
         processor.encode(record)
     decoded["samples"] = 15_000

@@ -1,0 +1,1 @@
+"""The stages of gpu.py: each a function that measures, and gives figures with what is accepted of them."""
