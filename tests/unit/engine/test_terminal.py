@@ -50,7 +50,8 @@ def test_progress_in_a_file_is_lines_with_the_time_left(printed: Callable[[], st
     progress.close(failed=False)
     lines = printed().split("\n")[:-1]
     assert lines[0].endswith("step 2 of 4 00:00 passed, ? left")
-    assert re.search(r"INFO    step 4 of 4 00:00 passed, 00:00 left, tokens_per_s=200, train_loss=2.000$", lines[-1])
+    figures = "train_loss=2.000, tokens_per_s=200, data_wait_s=0.10, device_wait_s=0.30"
+    assert re.search(rf"INFO    step 4 of 4 00:00 passed, 00:00 left, {figures}$", lines[-1])
     assert len(lines) == 2
     assert not any("\r" in line for line in lines)
 
