@@ -11,15 +11,15 @@ PICTURE_PATCHES = 1024
 """Patches of a usual picture (448×448 pixels), which attend to each other in the layers without windows."""
 
 
-def qwen_omni_flops(model: nn.Module, tuned: Collection[str]) -> Flops:
+def qwen_omni_flops(model: nn.Module, tuned: Collection[str], adapted: Collection[str] = ()) -> Flops:
     """The work of a Qwen2.5-Omni.
 
     model: without adapters and not sharded; on the meta device will do.
-    tuned: modules that learn, through adapters too, which overstates these a little.
+    tuned, adapted: see `passes_of`.
     """
     thinker: Any = model.config.thinker_config  # type: ignore[union-attr]
     text, vision, audio = thinker.text_config, thinker.vision_config, thinker.audio_config
-    passes = passes_of(tuned)
+    passes = passes_of(tuned, adapted)
     llm = parameters_of(submodule(model, "thinker.model.layers"))
     blocks = parameters_of(submodule(model, "visual.blocks"))
     patch_embedding = parameters_of(submodule(model, "visual.patch_embed"))

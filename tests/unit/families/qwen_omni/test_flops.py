@@ -48,3 +48,8 @@ def test_the_work_of_the_towers_is_what_torch_counts() -> None:
     pixels, mel = torch.zeros(1024, 588, dtype=torch.uint8), torch.zeros(3000, 128)
     assert pictures == pytest.approx(counted(lambda: tiny.towers["image"](pixels, torch.tensor([[32, 32]]))), rel=0.02)
     assert sound == pytest.approx(counted(lambda: tiny.towers["audio"](mel, torch.tensor([3000]))), rel=0.02)
+
+
+def test_adapted_modules_take_two_passes_and_not_three(model) -> None:
+    in_full, adapted = (qwen_omni_flops(model, ["llm"], adapted) for adapted in ([], ["llm"]))
+    assert adapted.token == pytest.approx(in_full.token * 2 / 3)
