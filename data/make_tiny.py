@@ -3,8 +3,8 @@
     python data/make_tiny.py [--data data]
 
 They have the architectures of Megrez-3B-Omni (`tiny`), Megrez-3B-Instruct (`tiny_instruct`), MiniCPM-2B
-(`tiny_minicpm`) and the thinker of Qwen2.5-Omni (`tiny_qwen_omni`). Their tokenizers know the words of the samples as
-single tokens, and spell any other text in bytes.
+(`tiny_minicpm`), the thinker of Qwen2.5-Omni (`tiny_qwen_omni`) and Gemma 4 (`tiny_gemma4`). Their tokenizers know the
+words of the samples as single tokens, and spell any other text in bytes.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train.data.readers import open_source
+from train.families.gemma4.template import CHAT_TEMPLATE_JINJA as GEMMA_TEMPLATE_JINJA
 from train.families.megrezo.template import CHAT_TEMPLATE_JINJA, DEFAULT_SYSTEM_PROMPT
 from train.families.minicpm.template import MINICPM_TEMPLATE_JINJA
 from train.families.qwen_omni.template import CHAT_TEMPLATE_JINJA as QWEN_OMNI_TEMPLATE_JINJA
@@ -51,6 +52,20 @@ QWEN_NAMED_TOKENS = {
     "vision_eos_token": "<|vision_eos|>",
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
+}
+"""By which transformers' own processor finds them."""
+
+GEMMA_SPECIAL_TOKENS = (
+    *("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"),
+    *("<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>", "<|video|>"),
+)
+GEMMA_NAMED_TOKENS = {
+    "boi_token": "<|image>",
+    "image_token": "<|image|>",
+    "eoi_token": "<image|>",
+    "boa_token": "<|audio>",
+    "audio_token": "<|audio|>",
+    "eoa_token": "<audio|>",
 }
 """By which transformers' own processor finds them."""
 
@@ -291,6 +306,99 @@ QWEN_PREPROCESSOR_CONFIG = {
 }
 
 
+def gemma4_config(tokenizer: Tokenizer) -> dict:
+    """Gemma 4: both kinds of layers, two that reuse keys and values, the table, the capped logits; all else small."""
+    ids = {name: tokenizer.token_to_id(name) for name in GEMMA_SPECIAL_TOKENS}
+    common = llm_config(tokenizer)
+    text = {name: value for name, value in common.items() if name not in ("dtype", "hidden_act", "rms_norm_eps")}
+    text |= {
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 6,
+        "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "intermediate_size": 256,
+        "sliding_window": 32,
+        "global_head_dim": 64,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": common["vocab_size"],
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": ids["<pad>"],
+        "bos_token_id": ids["<bos>"],
+        "eos_token_id": ids["<eos>"],
+    }
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "dtype": "float32",
+        "initializer_range": INITIAL_STD,
+        "tie_word_embeddings": True,
+        "boi_token_id": ids["<|image>"],
+        "image_token_id": ids["<|image|>"],
+        "eoi_token_id": ids["<image|>"],
+        "boa_token_id": ids["<|audio>"],
+        "audio_token_id": ids["<|audio|>"],
+        "eoa_token_index": ids["<audio|>"],
+        "video_token_id": ids["<|video|>"],
+        "text_config": {"model_type": "gemma4_text", **text},
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "head_dim": 32,
+            "intermediate_size": 256,
+            "patch_size": 12,
+            "pooling_kernel_size": 3,
+            "position_embedding_size": 64,
+            "use_clipped_linears": True,
+            "initializer_range": INITIAL_STD,
+        },
+        "audio_config": {
+            "model_type": "gemma4_audio",
+            "hidden_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "subsampling_conv_channels": [128, 8],
+            "output_proj_dims": 128,
+            "initializer_range": INITIAL_STD,
+        },
+    }
+
+
+GEMMA_PROCESSOR_CONFIG = {
+    "processor_class": "Gemma4Processor",
+    "image_processor": {
+        "image_processor_type": "Gemma4ImageProcessor",
+        "patch_size": 12,
+        "pooling_kernel_size": 3,
+        "max_soft_tokens": 9,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": False,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    },
+    "feature_extractor": {
+        "feature_extractor_type": "Gemma4AudioFeatureExtractor",
+        "feature_size": 128,
+        "sampling_rate": 16000,
+        "frame_length": 320,
+        "hop_length": 160,
+        "padding_value": 0.0,
+        "dither": 0.0,
+        "min_frequency": 0.0,
+        "max_frequency": 8000.0,
+        "mel_floor": 0.001,
+    },
+    "image_seq_length": 9,
+    "audio_seq_length": 750,
+    "audio_ms_per_token": 40,
+}
+
+
 def megrez_tokenizer_config(**more: str) -> dict:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -370,6 +478,33 @@ def main() -> None:
             "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
             "extra_special_tokens": QWEN_NAMED_TOKENS,
+            "model_max_length": 4096,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    tokenizer = byte_level_tokenizer(texts(args.data / "sample/train.jsonl") + 2 * ["model"], GEMMA_SPECIAL_TOKENS)
+    begin = ("<bos>", tokenizer.token_to_id("<bos>"))
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A $B", [begin])
+    write(
+        args.out / "tiny_gemma4",
+        tokenizer,
+        GEMMA_TEMPLATE_JINJA,
+        config=gemma4_config(tokenizer),
+        generation_config={
+            "eos_token_id": [tokenizer.token_to_id("<eos>"), tokenizer.token_to_id("<turn|>")],
+            "pad_token_id": tokenizer.token_to_id("<pad>"),
+            "bos_token_id": tokenizer.token_to_id("<bos>"),
+            "do_sample": False,
+        },
+        processor_config=GEMMA_PROCESSOR_CONFIG,
+        tokenizer_config={
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "processor_class": "Gemma4Processor",
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "extra_special_tokens": GEMMA_NAMED_TOKENS,
             "model_max_length": 4096,
             "clean_up_tokenization_spaces": False,
         },

@@ -40,6 +40,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.max_tokens": (16, 10**7),
     "data.max_patches": (1, _COUNT),
     "data.max_frames": (1, _COUNT),
+    "data.image_places": (1, 10**5),
     "data.max_bad_fraction": (0, 1),
     "data.workers": (0, 256),
     "data.prefetch": (1, 1000),

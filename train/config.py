@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj")
-"""The parts of an omni model; each is trained or frozen on its own."""
+MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj", "per_layer_table")
+"""The parts of a model; each is trained or frozen on its own. Only Gemma 4 has the last."""
 
 METRICS = {"exact_match": True, "vqa_accuracy": True, "anls": True, "f1": True, "wer": False, "cer": False}
 """What answers can be measured by (inference/metrics.py says how), and whether more of it is better."""
@@ -108,6 +108,9 @@ class DataOptions:
     """What becomes of a record over `max_tokens`: set aside, or its text shortened from the end."""
     long_audio: LongAudio = LongAudio.quarantine
     """What becomes of a recording over 30 s: its record set aside, or the recording cut at 30 s."""
+    image_places: int | None = None
+    """Places in the language model to which an image is scaled, or just below, for families with such a budget
+    (Gemma 4: 70, 140, 280, 560 or 1120 in what is published); null = what the model folder says."""
     system_prompt: str | None = None
     """System turn put before records that have none; null = the model family's own; "" = none."""
     max_bad_fraction: float = 0.05
@@ -140,6 +143,8 @@ class ModuleRates:
     """Of the audio tower."""
     audio_proj: float = 1e-6
     """Of its projector."""
+    per_layer_table: float = 1e-6
+    """Of Gemma 4's table of per-layer embeddings."""
 
 
 @dataclass
@@ -154,6 +159,8 @@ class ModulesOptions:
     """Whisper-style tower (its position table is never trained)."""
     tune_audio_proj: bool = True
     """Projection into the language model, begin and end embeddings."""
+    tune_per_layer_table: bool = False
+    """Gemma 4's table of per-layer embeddings, nearly half of the model: E2B's takes 28 GB to learn."""
     lr: ModuleRates = field(default_factory=ModuleRates)
     """Peak learning rate of each module."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from train.config import Options, SourceOptions
 from train.data.record_set import RecordSet, SourceSpec
 from train.data.workers import Workers
+from train.errors import ConfigError
 from train.families.family import Family
 from train.schema import Processor
 
@@ -29,6 +30,10 @@ def load_processor(options: Options, family: Family, folder: Path) -> Processor:
     """The processor of a model folder, set as the data options say."""
     processor = family.load_processor(folder)
     processor.long_audio = str(options.data.long_audio)
+    if (places := options.data.image_places) is not None:
+        if not hasattr(processor, "image_places"):
+            raise ConfigError([f"data.image_places: a {family.name} model has no such budget; leave it out"])
+        processor.image_places = places
     if options.data.system_prompt is not None:
         processor.system_prompt = options.data.system_prompt
     return processor

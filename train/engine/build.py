@@ -196,6 +196,11 @@ def check_family(options: Options, family: Family) -> None:
         for name in options.lora.modules
         if name not in family.modules
     ]
+    faults += [
+        f"lora.modules: {name} has no linear layer to adapt; leave it out"
+        for name in options.lora.modules
+        if name in family.modules and not family.lora_targets[name] and name not in options.lora.targets
+    ]
     if options.export.with_code and not family.auto_classes:
         faults.append(f"export.with_code: transformers has a {family.name} model's code itself; leave the option out")
     if faults:

@@ -70,7 +70,7 @@ def length_cache(options: Options, base: Path, kind: str = "lengths") -> LengthC
         return None
     # A pipe would be waited for.
     files = sorted(file for file in base.iterdir() if file.suffix in (".json", ".jinja", ".model") and file.is_file())
-    settings = [digest(files), data.max_tokens, data.too_long, data.long_audio, data.system_prompt]
+    settings = [digest(files), data.max_tokens, data.too_long, data.long_audio, data.image_places, data.system_prompt]
     return LengthCache(folder / kind, settings)
 
 

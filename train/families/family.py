@@ -188,6 +188,8 @@ def _unknown_keys(stated: Mapping[str, Any], known: Mapping[str, Any], others: C
     """Keys of a config.json that its class does not know; those of a tower's mapping as `a.b`."""
     unknown = stated.keys() - known.keys() - set(others)
     for name, inner in stated.items():
+        if name in others:
+            continue
         if name.endswith("_config") and isinstance(inner, dict) and isinstance(known.get(name), dict):
             unknown |= {f"{name}.{key}" for key in _unknown_keys(inner, known[name], others)}
     return unknown

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from train.errors import CheckpointError
 from train.families.family import Family, read_json
+from train.families.gemma4 import GEMMA4
 from train.families.megrez_instruct import MEGREZ_INSTRUCT
 from train.families.megrezo import MEGREZO
 from train.families.minicpm import MINICPM, MINICPM_LLAMA
 from train.families.qwen_omni import QWEN_OMNI
 
-FAMILIES: list[Family] = [MEGREZO, MEGREZ_INSTRUCT, MINICPM, MINICPM_LLAMA, QWEN_OMNI]
+FAMILIES: list[Family] = [MEGREZO, MEGREZ_INSTRUCT, MINICPM, MINICPM_LLAMA, QWEN_OMNI, GEMMA4]
 """A family is added here; the first that recognises a folder has it."""
 
 

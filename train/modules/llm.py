@@ -17,7 +17,8 @@ class ExactBuffers(nn.Module):
         exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
+            path, _, attribute = name.rpartition(".")
+            setattr(self.get_submodule(path), attribute, buffer.to(self.get_buffer(name).device))
         return self
 
 
@@ -37,13 +38,16 @@ def build_llm(config: LlamaConfig) -> LlamaForCausalLM:
     return llm
 
 
-def packed_hidden_states(llm: LlamaForCausalLM, embeddings: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
+def packed_hidden_states(
+    llm: LlamaForCausalLM, embeddings: Tensor, position_ids: Tensor, segments: Segments, **others: Tensor
+) -> Tensor:
     """Final hidden states of samples that share a flat row; no sample sees another.
 
     Args:
         embeddings: (T, D)
         position_ids: int64 (T,), or (R, T) for a model of several rows; starting again at 0 with each sample.
         segments: the samples' lengths.
+        others: what else the model takes, as it takes it.
 
     Returns:
         (T, D), normed: what the head takes.
@@ -57,5 +61,6 @@ def packed_hidden_states(llm: LlamaForCausalLM, embeddings: Tensor, position_ids
         attention_mask=no_mask,
         use_cache=False,
         segments=segments,
+        **others,
     )
     return out.last_hidden_state.squeeze(0)

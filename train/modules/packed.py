@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from train.modules.attention import Segments
 from train.modules.chatting import ChatMixin
 from train.modules.llm import packed_hidden_states
-from train.modules.loss import token_losses
+from train.modules.loss import capped, token_losses
 from train.modules.towers import Tower
 from train.schema import Batch, Kind
 
@@ -34,13 +34,14 @@ class PackedModel(ChatMixin, PreTrainedModel):
     """A transformers model whose language model is `llm`: a Llama, or what has a Llama's parts.
 
     While training, every tower runs in every forward; `running_every_tower` says so of evaluation. `liger_loss` picks
-    Liger's kernel for the loss (see `loss.token_losses`).
+    Liger's kernel for the loss (see `loss.token_losses`); `logit_cap` bends the logits (see `loss.capped`).
     """
 
     llm: Any
     generation_config: Any
     _runs_every_tower: bool = False
     liger_loss: bool = False
+    logit_cap: float | None = None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.llm.model.embed_tokens
@@ -90,7 +91,7 @@ class PackedModel(ChatMixin, PreTrainedModel):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of all tokens, (T, V): for comparisons, not for training."""
-        return self.llm.lm_head(self.hidden_states(batch))
+        return capped(self.llm.lm_head(self.hidden_states(batch)), self.logit_cap)
 
     def forward(self, batch: Batch | None = None, **llm_inputs: Any) -> ModelOutput:
         """The loss of a pack; without one, the language model's own forward (`input_ids=...` and the like)."""
@@ -99,7 +100,8 @@ class PackedModel(ChatMixin, PreTrainedModel):
     def packed_loss(self, batch: Batch) -> PackedOutput:
         """The loss of a pack."""
         hidden = self.hidden_states(batch).index_select(0, batch.target_positions)
-        losses = token_losses(hidden, self.llm.lm_head.weight, batch.targets, liger=self.liger_loss)
+        head = self.llm.lm_head.weight
+        losses = token_losses(hidden, head, batch.targets, cap=self.logit_cap, liger=self.liger_loss)
         return PackedOutput(loss_sum=(losses * batch.loss_weights).sum(), token_losses=losses.detach())
 
     @torch.no_grad()

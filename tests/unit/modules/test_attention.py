@@ -37,6 +37,40 @@ def test_equals_dense_attention_under_a_block_mask(causal, kv_heads):
     torch.testing.assert_close(out, dense)
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 16, 40])
+def test_a_window_is_what_a_dense_mask_makes_of_it(window):
+    """Segments shorter and longer than the window, compiled and not, with their gradients."""
+    torch.manual_seed(0)
+    lengths = [5, 3, 16, 1, 17]
+    q, k, v = (random_heads(42, 4).requires_grad_() for _ in range(3))
+    sample, behind = torch.arange(5).repeat_interleave(torch.tensor(lengths)), torch.arange(42)
+    behind = behind[:, None] - behind
+    mask = (sample[:, None] == sample) & (behind >= 0) & (behind < window)
+    dense = scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask).transpose(0, 1)
+    segments = Segments.of(lengths, CPU)
+    weights = torch.randn_like(dense)
+    expected = torch.autograd.grad(dense, (q, k, v), weights)
+    ends = segments.cu_seqlens
+    for out in (
+        varlen_attention(q, k, v, segments, causal=True, window=window),
+        _opaque_attention(q, k, v, ends, ends, True, window, None)[0],
+    ):
+        torch.testing.assert_close(out, dense)
+        torch.testing.assert_close(torch.autograd.grad(out, (q, k, v), weights), expected)
+
+
+def test_a_layer_says_whether_it_is_causal_and_how_far_it_sees():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 9, 8) for _ in range(3))
+    segments = Segments.of([9], CPU)
+    layer = nn.Module()
+    for causal, window in ((False, None), (True, None), (True, 4)):
+        layer.is_causal = causal
+        out, _ = llm_attention(layer, q, k, v, None, segments=segments, sliding_window=window)
+        rows = (x[0].transpose(0, 1) for x in (q, k, v))
+        assert torch.equal(out[0], varlen_attention(*rows, segments, causal=causal, window=window))
+
+
 def test_queries_and_keys_may_differ_in_length():
     torch.manual_seed(0)
     q, k, v = random_heads(4, 2), random_heads(9, 2), random_heads(9, 2)
@@ -64,12 +98,12 @@ def test_the_operator_of_compiled_layers_gives_the_same_with_its_gradients(causa
     segments = Segments.of(lengths_q, CPU), Segments.of(lengths_k, CPU)
     inputs = [random_heads(sum(n), 4).requires_grad_() for n in (lengths_q, lengths_k, lengths_k)]
     expected = varlen_attention(*inputs, *segments, causal=causal, scale=0.3)
-    found, _ = _opaque_attention(*inputs, *(s.cu_seqlens for s in segments), causal, 0.3)
+    found, _ = _opaque_attention(*inputs, *(s.cu_seqlens for s in segments), causal, None, 0.3)
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(expected)
     pairs = (torch.autograd.grad(out, inputs, weights) for out in (found, expected))
     torch.testing.assert_close(*pairs)
-    torch.library.opcheck(_opaque_attention, (*inputs, *(s.cu_seqlens for s in segments), causal, 0.3))
+    torch.library.opcheck(_opaque_attention, (*inputs, *(s.cu_seqlens for s in segments), causal, None, 0.3))
 
 
 def test_without_segments_it_is_sdpa_with_a_mask():

@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.modules.loss import token_losses
+from train.modules.loss import chunk_of, token_losses
 
 
 def inputs(tokens: int = 7, hidden_grad: bool = True, weight_grad: bool = True):
@@ -22,6 +22,25 @@ def test_equals_cross_entropy_with_its_gradients(chunk):
     grads = torch.autograd.grad((losses * weights).sum(), (hidden, weight))
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("cap", [2.0, 30.0])
+def test_a_cap_bends_the_logits_and_their_gradients(chunk, cap):
+    hidden, weight, targets, weights = inputs()
+    logits = linear(hidden, weight)
+    assert logits.abs().max() > 4
+    expected = cross_entropy(cap * torch.tanh(logits / cap), targets, reduction="none")
+    expected_grads = torch.autograd.grad((expected * weights).sum(), (hidden, weight))
+    losses = token_losses(hidden, weight, targets, chunk=chunk, cap=cap)
+    grads = torch.autograd.grad((losses * weights).sum(), (hidden, weight))
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize(("words", "tokens"), [(1000, 512), (122_880, 512), (262_144, 240)])
+def test_a_large_vocabulary_takes_fewer_tokens_at_a_time(words, tokens):
+    assert chunk_of(words) == tokens
 
 
 def test_a_uniform_head_costs_the_logarithm_of_its_words():
@@ -75,7 +94,8 @@ def test_logits_are_never_held_all_at_once():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_liger_gives_the_same_losses_and_gradients(dtype):
+@pytest.mark.parametrize("cap", [None, 10.0])
+def test_liger_gives_the_same_losses_and_gradients(cap, dtype):
     pytest.importorskip("liger_kernel")
     torch.manual_seed(0)
     hidden = torch.randn(300, 64, device="cuda", dtype=dtype, requires_grad=True)
@@ -83,7 +103,7 @@ def test_liger_gives_the_same_losses_and_gradients(dtype):
     targets, weights = torch.randint(0, 1000, (300,), device="cuda"), torch.rand(300, device="cuda")
     results = []
     for liger in (False, True):
-        losses = token_losses(hidden, weight, targets, chunk=128, liger=liger)
+        losses = token_losses(hidden, weight, targets, chunk=128, cap=cap, liger=liger)
         results.append((losses.detach(), *torch.autograd.grad((losses * weights).sum(), (hidden, weight))))
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() / ours.norm() < (1e-4 if dtype == torch.float32 else 2e-2)

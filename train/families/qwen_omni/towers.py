@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniAudioEncoder,
@@ -19,26 +18,12 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 )
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from train.modules.attention import Segments, varlen_attention
+from train.modules.attention import ATTENTION_NAME, Segments
 from train.modules.llm import ExactBuffers
 from train.modules.towers import Tower
 
-TOWER_ATTENTION = "omnitune_tower"
-"""`attn_implementation` of both towers."""
-
 _GAP = 2
 """Zero frames before each window of a clip: they keep neighbours apart, and windows at even places for the stride."""
-
-
-def _tower_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: object, segments: Segments, scaling: float, **__
-) -> tuple[Tensor, None]:
-    """What transformers' tower layers call, with (1, H, U, Dh): each segment sees itself."""
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return varlen_attention(q, k, v, segments, scale=scaling).unsqueeze(0), None
-
-
-AttentionInterface.register(TOWER_ATTENTION, _tower_attention)
 
 
 class PatchProjection(nn.Conv3d):
@@ -61,7 +46,7 @@ class VisionTower(Tower, Qwen2_5OmniVisionEncoder):  # type: ignore[misc]  # `fo
     """
 
     def __init__(self, config: Any):
-        config._attn_implementation = TOWER_ATTENTION
+        config._attn_implementation = ATTENTION_NAME
         super().__init__(config)
         self.patch_size: int = config.patch_size
         size = (config.temporal_patch_size, config.patch_size, config.patch_size)
@@ -114,7 +99,7 @@ class AudioTower(Tower, Qwen2_5OmniAudioEncoder):  # type: ignore[misc]  # `forw
     """
 
     def __init__(self, config: Any):
-        config._attn_implementation = TOWER_ATTENTION
+        config._attn_implementation = ATTENTION_NAME
         super().__init__(config)
 
     def features(self, values: Tensor, sizes: Tensor) -> Tensor:

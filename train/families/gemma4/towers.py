@@ -1,0 +1,194 @@
+"""The vision and audio towers: transformers' own layers, over flat rows of images and clips.
+
+Letters for shapes are those of `schema`. The parts of a tower lie apart in the published model (`vision_tower` and
+`embed_vision`, ...), so a `GemmaTower` only holds them together.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.gemma4.modeling_gemma4 import (
+    Gemma4AudioCausalConv1d,
+    Gemma4AudioLayer,
+    Gemma4AudioRelPositionalEncoding,
+    Gemma4AudioSubSampleConvProjection,
+    Gemma4MultimodalEmbedder,
+    Gemma4PreTrainedModel,
+    Gemma4VisionModel,
+)
+
+from train.families.gemma4.config import MEL_BINS
+from train.families.gemma4.geometry import clip_places, halved
+from train.modules.attention import ATTENTION_NAME, Segments, to_device
+from train.modules.towers import Tower
+
+
+class VisionEncoder(Gemma4VisionModel):
+    """Vision transformer, its patches averaged k×k to a place.
+
+    Values are uint8 (U, 3·patch²), raw pixels channel by channel within a pixel, block by block of k×k patches.
+    Sizes are (I, 2): height and width of an image in patches.
+    """
+
+    def __init__(self, config: Any):
+        config._attn_implementation = ATTENTION_NAME
+        super().__init__(config)
+
+    def forward(self, values: Tensor, sizes: Tensor) -> Tensor:  # type: ignore[override]
+        """Features of each place: (U / k², the tower's width)."""
+        device = values.device
+        # The published image processor's scale, a product, so that pixels are the same to the bit.
+        pixels = (values * (1 / 255))[None]
+        at = to_device(torch.cat([self._coordinates(*size) for size in sizes.tolist()]), device)[None]
+        none = torch.zeros(at.shape[:2], dtype=torch.bool, device=device)
+        segments = Segments.of(sizes.prod(dim=1).tolist(), device)
+        hidden = self.patch_embedder(pixels, at, none)
+        turned = self.encoder.rotary_emb(hidden, at)
+        for layer in self.encoder.layers:
+            hidden = layer(hidden, position_embeddings=turned, position_ids=at, segments=segments)
+        dtype = hidden.dtype
+        pooled = hidden[0].unflatten(0, (-1, self.config.pooling_kernel_size**2)).float().mean(dim=1)
+        pooled = pooled.to(dtype).float() * self.pooler.root_hidden_size
+        if self.config.standardize:
+            pooled = (pooled - self.std_bias.float()) * self.std_scale.float()
+        return pooled.to(dtype)
+
+    def dummy(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A black image of one place."""
+        side, pixels = self.config.pooling_kernel_size, 3 * self.config.patch_size**2
+        return torch.zeros(side**2, pixels, dtype=torch.uint8, device=device), torch.tensor([[side, side]])
+
+    def _coordinates(self, rows: int, columns: int) -> Tensor:
+        """Column and row of each patch of an image, block by block: int64 (patches, 2)."""
+        side = self.config.pooling_kernel_size
+        shape = (rows // side, columns // side, side, side)
+        y = torch.arange(rows).view(shape[0], 1, side, 1).expand(shape)
+        x = torch.arange(columns).view(1, shape[1], 1, side).expand(shape)
+        return torch.stack([x, y], dim=-1).view(-1, 2)
+
+
+class ClipConv1d(Gemma4AudioCausalConv1d):
+    """The causal convolution over clips end to end, each as if alone; `spread` says where they lie."""
+
+    spread: tuple[Tensor, int]
+    """of each place its place in a row with zeros between the clips, and that row's length"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, D, places) to the same."""
+        at, length = self.spread
+        row = x.new_zeros(1, x.shape[1], length).index_copy(2, at, x)
+        return super().forward(row).index_select(2, at)
+
+
+class AudioLayer(GradientCheckpointingLayer, Gemma4AudioLayer):
+    """A conformer layer over clips end to end, which can be checkpointed (transformers' own cannot)."""
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__(config, layer_idx)
+        width = config.hidden_size
+        self.lconv1d.depthwise_conv1d = ClipConv1d(width, width, config.conv_kernel_size, groups=width, bias=False)
+
+    def forward(self, hidden: Tensor, mask: Tensor, turned: Tensor, spread: tuple[Tensor, int]) -> Tensor:  # type: ignore[override]
+        """(1, places, D) to the same; mask: see `AudioEncoder._hidden_from`."""
+        self.lconv1d.depthwise_conv1d.spread = spread
+        return super().forward(hidden, attention_mask=mask, position_embeddings=turned)
+
+
+class RelativePositions(Gemma4AudioRelPositionalEncoding):
+    """Whose frequencies are float32 whatever the model is loaded in."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.inv_timescales = nn.Buffer(self.inv_timescales.float(), persistent=False)
+
+
+class AudioEncoder(Gemma4PreTrainedModel):
+    """Two convolutions, which leave a frame in four, and a conformer whose places see the last few of their clip.
+
+    Values are float32 (U, B), log-mel frames; sizes are (I,): frames of each clip, at least 1.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.subsample_conv_projection = Gemma4AudioSubSampleConvProjection(config)
+        self.rel_pos_enc = RelativePositions(config)
+        self.layers = nn.ModuleList([AudioLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.output_proj = nn.Linear(config.hidden_size, config.output_proj_dims, bias=True)
+        self.post_init()
+
+    def forward(self, values: Tensor, sizes: Tensor) -> Tensor:
+        """Features of each place: (places, the tower's width)."""
+        frames, device = sizes.tolist(), values.device
+        places = [clip_places(count) for count in frames]
+        hidden = self._subsampled(values, frames)[None]
+        turned = self.rel_pos_enc(hidden)
+        mask = to_device(self._hidden_from(places), device)
+        gap = self.config.conv_kernel_size - 1
+        spread = to_device(_spread(places, [count + gap for count in places]), device), sum(places) + gap * len(places)
+        for layer in self.layers:
+            hidden = layer(hidden, mask, turned, spread)
+        return self.output_proj(hidden)[0]
+
+    def dummy(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A clip of one place."""
+        return torch.zeros(1, MEL_BINS, device=device), torch.tensor([1])
+
+    def _subsampled(self, values: Tensor, frames: list[int]) -> Tensor:
+        """Both convolutions over all clips at once, each as if alone: (places, D)."""
+        # A frame of zeros behind each clip for either convolution, and clips where both strides begin.
+        lengths = [4 * (halved(count) // 2 + 1) for count in frames]
+        at = _spread(frames, lengths)
+        is_frame = torch.zeros(sum(lengths), dtype=torch.bool)
+        is_frame[at] = True
+        row = values.new_zeros(sum(lengths), values.shape[1]).index_copy(0, to_device(at, values.device), values)
+        hidden, _ = self.subsample_conv_projection(row[None], to_device(is_frame, values.device)[None])
+        kept = _spread([clip_places(count) for count in frames], [length // 4 for length in lengths])
+        return hidden[0].index_select(0, to_device(kept, values.device))
+
+    def _hidden_from(self, places: list[int]) -> Tensor:
+        """What each place does not see, as the layers take it: bool (1, 1, blocks, block, what precedes and block)."""
+        block, reach = self.config.attention_chunk_size, self.config.attention_context_left - 1
+        total = sum(places)
+        blocks = -(-total // block)
+        # No clip's before the row, and none after it: those see one another, so that no row of the softmax is empty.
+        clip = torch.arange(len(places)).repeat_interleave(torch.tensor(places))
+        clip = F.pad(F.pad(clip, (0, blocks * block - total), value=-1), (reach, 0), value=-2)
+        seeing = torch.arange(blocks * block).view(blocks, block, 1)
+        seen = torch.arange(blocks).view(blocks, 1, 1) * block + torch.arange(block + reach) - reach
+        behind = seeing - seen
+        is_seen = (clip[seeing + reach] == clip[seen + reach]) & (behind >= 0) & (behind < reach)
+        return ~is_seen[None, None]
+
+
+class GemmaTower(Tower):
+    """An encoder and its projector. It is no part of the model, which holds both under their published names."""
+
+    def __init__(self, encoder: VisionEncoder | AudioEncoder, projector: Gemma4MultimodalEmbedder):
+        super().__init__()
+        self.encoder, self.projector = encoder, projector
+
+    def features(self, values: Tensor, sizes: Tensor) -> Tensor:
+        """What the encoder makes of each place: (places, the tower's width)."""
+        return self.encoder(values, sizes)
+
+    def connect(self, features: Tensor, sizes: Tensor) -> Tensor:
+        """Token embeddings: (places, D)."""
+        return self.projector(features)
+
+    def dummy(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """An image or clip of one place."""
+        return self.encoder.dummy(device)
+
+    def encoder_parameters(self) -> Iterable[nn.Parameter]:
+        """The encoder's."""
+        return self.encoder.parameters()
+
+
+def _spread(counts: list[int], lengths: list[int]) -> Tensor:
+    """Where the first `counts` of stretches of `lengths` lie: int64 (sum of counts,)."""
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
+    return torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
