@@ -61,6 +61,21 @@ def write_small_qwen_omni(folder: Path) -> Path:
     return model
 
 
+def write_small_gemma4(folder: Path) -> Path:
+    """The same of Gemma 4."""
+    model = folder / "model"
+    shutil.copytree(ROOT / "data" / "tiny_gemma4", model)
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"] |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+    config["text_config"] |= {"num_attention_heads": 2, "layer_types": 2 * ["sliding_attention", "full_attention"]}
+    config["vision_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config["vision_config"] |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    config["audio_config"] |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config["audio_config"] |= {"output_proj_dims": 64}
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
 def write_endless_model(folder: Path) -> Path:
     """A small random model that never ends its turn; returns its folder."""
     export = folder / "export"

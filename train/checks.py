@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
-from train.config import FILE_FORMATS, METRICS, MODULES, Engine, LoraOptions, OptimizerName, Options, Precision
+from train.config import FILE_FORMATS, METRICS, PARTS, Engine, LoraOptions, OptimizerName, Options, Precision
 from train.errors import ConfigError
 
 
 def tuned_modules(options: Options) -> list[str]:
-    """The modules whose `modules.tune_<name>` flag is on, in the order of MODULES."""
-    return [name for name in MODULES if getattr(options.modules, f"tune_{name}")]
+    """The modules whose `modules.tune_<name>` flag is on, in the order of PARTS."""
+    return [name for name in PARTS if getattr(options.modules, f"tune_{name}")]
 
 
 _DEEPSPEED_BY_OPTION = {
@@ -45,7 +45,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.workers": (0, 256),
     "data.prefetch": (1, 1000),
     "data.decode_limit_s": (0.001, 86400),
-    **{f"modules.lr.{name}": _RATE for name in MODULES},
+    **{f"modules.lr.{name}": _RATE for name in PARTS},
     "lora.rank": (1, 1024),
     "lora.alpha": (0.001, 10**5),
     "lora.dropout": (0, 1),
@@ -164,13 +164,13 @@ def _source_faults(options: Options, group: str) -> list[str]:
 def _tuning_faults(options: Options) -> list[str]:
     tuned = tuned_modules(options)
     if not tuned:
-        flags = ", ".join(f"modules.tune_{name}" for name in MODULES)
+        flags = ", ".join(f"modules.tune_{name}" for name in PARTS)
         return [f"nothing is tuned: set at least one of {flags} to true"]
     adapted = options.lora.modules
     faults = [
-        f"lora.modules: there is no module '{name}'; choose from {', '.join(MODULES)}"
+        f"lora.modules: there is no module '{name}'; choose from {', '.join(PARTS)}"
         for name in adapted
-        if name not in MODULES
+        if name not in PARTS
     ]
     if adapted and not faults and not set(adapted) & set(tuned):
         faults.append(

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj", "per_layer_table")
-"""The parts of a model; each is trained or frozen on its own. Only Gemma 4 has the last."""
+MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj")
+"""The parts of an omni model; each is trained or frozen on its own."""
+
+PARTS = (*MODULES, "per_layer_table")
+"""The same, with what only one family has: Gemma 4's table of per-layer embeddings."""
 
 METRICS = {"exact_match": True, "vqa_accuracy": True, "anls": True, "f1": True, "wer": False, "cer": False}
 """What answers can be measured by (inference/metrics.py says how), and whether more of it is better."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.runs import SAMPLE, build_here, succeed, write_records
 from train.config import MODULES
 from train.families.family import Family
+from train.families.gemma4 import GEMMA4
 from train.families.megrezo import MEGREZO
 from train.families.qwen_omni import QWEN_OMNI
 from train.modules.trainable import FROZEN, canonical_name, is_adapter, module_of
@@ -46,6 +47,18 @@ def test_exactly_the_tuned_modules_change(flags: tuple[bool, ...], family: Famil
     changed = {module_of(name, family.rules) for name in before if not after[name].equal(before[name])}
     assert changed == tuned
     assert any(module_of(name, family.rules) == FROZEN for name in before)
+
+
+@pytest.mark.parametrize(
+    "tuned", [{"llm", "audio_proj"}, {"vision_encoder", "audio_encoder"}, {"per_layer_table"}], ids=str
+)
+def test_gemmas_table_rests_unless_it_is_tuned(tuned: set[str], tmp_path: Path) -> None:
+    flags = [f"modules.tune_{name}={name in tuned}" for name in MODULES]
+    more = ["modules.tune_per_layer_table=true"] if "per_layer_table" in tuned else []
+    run = build_here(["model=tiny_gemma4", *words(tmp_path), *flags, *more, "modules.lr.per_layer_table=1e-3"])
+    run.trainer.fit()
+    before, after = (load_file(folder / "model.safetensors") for folder in (run.base, run.export()))
+    assert {module_of(name, GEMMA4.rules) for name in before if not after[name].equal(before[name])} == tuned
 
 
 def test_lora_leaves_the_base_alone_and_changes_the_adapter(tmp_path: Path) -> None:

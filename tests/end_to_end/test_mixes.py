@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.mixes import ENGINES, FREEZES, KINDS, MIXES, Setting, all_pairs, full_product, pairs_of
-from tests.runs import SAMPLE, launch, write_small_model, write_small_qwen_omni
+from tests.runs import SAMPLE, launch, write_small_gemma4, write_small_model, write_small_qwen_omni
 
 pytestmark = pytest.mark.end_to_end
 
@@ -82,6 +82,13 @@ def test_two_ranks_of_another_family_equal_one(tmp_path: Path) -> None:
     assert {setting.engine for setting in settings} == set(ENGINES)
     assert {mix for setting in settings for mix in setting.mixes} == set(MIXES)
     assert compare(tmp_path, settings, write_small_qwen_omni) == sum(len(setting.mixes) for setting in settings)
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_of_gemma_equal_one(tmp_path: Path) -> None:
+    settings = list({setting.engine: setting for setting in all_pairs(SEED)}.values())
+    assert {setting.engine for setting in settings} == set(ENGINES)
+    assert compare(tmp_path, settings, write_small_gemma4) == sum(len(setting.mixes) for setting in settings)
 
 
 @pytest.mark.exhaustive

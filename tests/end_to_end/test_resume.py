@@ -2,13 +2,23 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.runs import launch, losses, metrics, succeed, write_records, write_small_model, write_small_qwen_omni
+from tests.runs import (
+    launch,
+    losses,
+    metrics,
+    succeed,
+    write_records,
+    write_small_gemma4,
+    write_small_model,
+    write_small_qwen_omni,
+)
 from train.export.checkpoint_reader import MASTER, MOMENTS, read_state, saved_state
 
 pytestmark = pytest.mark.end_to_end
@@ -71,9 +81,12 @@ def test_resumed_losses_are_the_uninterrupted_runs_bit_for_bit(
     assert len(resumed) == STEPS
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_another_family_resumes_bit_for_bit(engine: str, tmp_path: Path) -> None:
-    write_small_qwen_omni(tmp_path)
+@pytest.mark.parametrize(
+    ("write_model", "engine"),
+    [(write_small_qwen_omni, "ddp"), (write_small_qwen_omni, "zero3"), (write_small_gemma4, "zero3")],
+)
+def test_another_family_resumes_bit_for_bit(write_model: Callable[[Path], Path], engine: str, tmp_path: Path) -> None:
+    write_model(tmp_path)
     command = [*words(tmp_path), f"engine={engine}"]
     succeed(command, processes=2)
     straight = metrics(tmp_path / "run")

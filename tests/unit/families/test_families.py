@@ -32,6 +32,7 @@ def folder(path: Path, model_type: str, *, template: str = "", in_file: bool = F
         ("minicpm", "", "minicpm"),
         ("llama", MINICPM, "minicpm-llama"),
         ("qwen2_5_omni", "", "qwen-omni"),
+        ("gemma4", "", "gemma4"),
     ],
 )
 @pytest.mark.parametrize("in_file", [False, True])
@@ -46,7 +47,7 @@ def test_a_family_is_recognised_by_type_and_template(
     [
         ("llama", "", "model_type 'llama' in config.json and the lack of a chat template"),
         ("llama", "{{ '[INST]' }}", "model_type 'llama' in config.json and its chat template"),
-        ("qwen3", MEGREZ, "known are megrezo, megrez-instruct, minicpm, minicpm-llama, qwen-omni"),
+        ("qwen3", MEGREZ, "known are megrezo, megrez-instruct, minicpm, minicpm-llama, qwen-omni, gemma4"),
     ],
 )
 def test_a_model_of_no_family_is_refused(model_type: str, template: str, said: str, tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_a_model_of_no_family_is_refused(model_type: str, template: str, said: s
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("tiny", ["tiny", "tiny_instruct", "tiny_minicpm", "tiny_qwen_omni"])
+@pytest.mark.parametrize("tiny", ["tiny", "tiny_instruct", "tiny_minicpm", "tiny_qwen_omni", "tiny_gemma4"])
 def test_the_rules_cover_every_parameter(tiny: str) -> None:
     family = find(ROOT / "data" / tiny)
     model = family.random_model(ROOT / "data" / tiny, seed=0)

@@ -37,7 +37,7 @@ def write_model(folder: Path, *, image_places: int = 9, head_dim: int = 64, **te
         for name, parameter in model.named_parameters():
             if name.endswith(("q_norm.weight", "k_norm.weight")):  # else attention is so sharp that rounding grows
                 parameter.mul_(0.15)
-        model.lm_head.weight.mul_(3)
+        model.lm_head.weight.mul_(2.2)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink()  # which knows one end of an answer
     copy_side_files(TINY, folder)

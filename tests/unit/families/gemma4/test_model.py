@@ -66,7 +66,7 @@ def test_logits_are_those_of_transformers_one_by_one_and_packed(model, stock, pr
         together = model.logits(packed(found)).split([len(sample.input_ids) for sample in found])
         for sample, in_pack in zip(found, together, strict=True):
             expected = stock(**stock_inputs(sample, model)).logits[0]
-            assert 15 < expected.abs().max() < 30  # where the cap of 30 has bent them
+            assert 10 < expected.abs().max() < 30  # where the cap of 30 has bent them
             torch.testing.assert_close(model.logits(packed([sample])), expected, atol=1e-4, rtol=0)
             torch.testing.assert_close(in_pack, expected, atol=1e-4, rtol=0)
 

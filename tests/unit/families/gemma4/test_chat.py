@@ -1,0 +1,41 @@
+"""`Chat` and the model's own `chat` with images and recordings in every form."""
+
+import pytest
+import torch
+
+from tests.unit.families.gemma4.builders import MIXED, clip, packed, picture, sound, write_model
+from train.inference.chat import Chat
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    torch.manual_seed(0)
+    return Chat.load(write_model(tmp_path_factory.mktemp("gemma") / "model"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Hello",
+        {"text": "What is it?", "image": picture(60, 90)},
+        {"text": "What is said?", "audio": (sound(20_000), 16_000)},
+        [
+            {"type": "audio", "audio": clip(50_000)},
+            {"type": "text", "text": "and"},
+            {"type": "image", "image": picture(90, 60)},
+        ],
+    ],
+    ids=["text", "image", "audio", "mixed"],
+)
+def test_an_answer_comes_whole_or_piece_by_piece(content: object, chat: Chat) -> None:
+    assert chat.media == {"image", "audio"}
+    talk = [{"role": "user", "content": content}]
+    assert "".join(chat.answer(talk, max_new_tokens=6)) == chat.model.chat(talk, max_new_tokens=6)
+
+
+def test_prompts_of_unequal_length_are_answered_as_if_alone(chat: Chat) -> None:
+    prompts = [chat.model.processor.prompt(one) for one in MIXED]
+    together = chat.model.generate(packed(prompts), max_new_tokens=6)
+    for prompt, answer in zip(prompts, together, strict=True):
+        [alone] = chat.model.generate(packed([prompt]), max_new_tokens=6)
+        assert answer.tolist() == alone.tolist()
