@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gemma4.modeling_gemma4 import (
-    Gemma4AudioCausalConv1d,
     Gemma4AudioLayer,
     Gemma4AudioRelPositionalEncoding,
     Gemma4AudioSubSampleConvProjection,
@@ -71,17 +70,17 @@ class VisionEncoder(Gemma4VisionModel):
         return torch.stack([x, y], dim=-1).view(-1, 2)
 
 
-class ClipConv1d(Gemma4AudioCausalConv1d):
+class ClipConv1d(nn.Conv1d):
     """The causal convolution over clips end to end, each as if alone; `spread` says where they lie."""
 
-    spread: tuple[Tensor, int]
-    """of each place its place in a row with zeros between the clips, and that row's length"""
+    spread: tuple[Tensor, Tensor]
+    """for a row with zeros before each clip: which place each of its own is (the number of places where it is zero),
+    and where what it sees of each place begins: (row,) and (1, places, 1), as torch.compile tells places' tensors"""
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, D, places) to the same."""
-        at, length = self.spread
-        row = x.new_zeros(1, x.shape[1], length).index_copy(2, at, x)
-        return super().forward(row).index_select(2, at)
+        source, at = self.spread
+        return super().forward(F.pad(x, (0, 1)).index_select(2, source)).index_select(2, at.flatten())
 
 
 class AudioLayer(GradientCheckpointingLayer, Gemma4AudioLayer):
@@ -92,10 +91,13 @@ class AudioLayer(GradientCheckpointingLayer, Gemma4AudioLayer):
         width = config.hidden_size
         self.lconv1d.depthwise_conv1d = ClipConv1d(width, width, config.conv_kernel_size, groups=width, bias=False)
 
-    def forward(self, hidden: Tensor, mask: Tensor, turned: Tensor, spread: tuple[Tensor, int]) -> Tensor:  # type: ignore[override]
-        """(1, places, D) to the same; mask: see `AudioEncoder._hidden_from`."""
+    def forward(self, hidden: Tensor, mask: Tensor, turned: Tensor, spread: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        """(1, places, D) to the same; mask: see `AudioEncoder._unseen`."""
         self.lconv1d.depthwise_conv1d.spread = spread
-        return super().forward(hidden, attention_mask=mask, position_embeddings=turned)
+        block = self.self_attn.chunk_size
+        rest = -hidden.shape[1] % block  # rows that the layer itself adds, and drops
+        by_block = F.pad(mask, (0, 0, 0, rest)).unflatten(1, (-1, block))[None]
+        return super().forward(hidden, attention_mask=by_block, position_embeddings=turned)
 
 
 class RelativePositions(Gemma4AudioRelPositionalEncoding):
@@ -126,9 +128,13 @@ class AudioEncoder(Gemma4PreTrainedModel):
         places = [clip_places(count) for count in frames]
         hidden = self._subsampled(values, frames)[None]
         turned = self.rel_pos_enc(hidden)
-        mask = to_device(self._hidden_from(places), device)
+        mask = to_device(self._unseen(places), device)
         gap = self.config.conv_kernel_size - 1
-        spread = to_device(_spread(places, [count + gap for count in places]), device), sum(places) + gap * len(places)
+        at = _spread(places, [count + gap for count in places])
+        source = torch.full((sum(places) + gap * len(places),), sum(places)).index_copy(
+            0, at + gap, torch.arange(len(at))
+        )
+        spread = to_device(source, device), to_device(at[None, :, None], device)
         for layer in self.layers:
             hidden = layer(hidden, mask, turned, spread)
         return self.output_proj(hidden)[0]
@@ -149,19 +155,14 @@ class AudioEncoder(Gemma4PreTrainedModel):
         kept = _spread([clip_places(count) for count in frames], [length // 4 for length in lengths])
         return hidden[0].index_select(0, to_device(kept, values.device))
 
-    def _hidden_from(self, places: list[int]) -> Tensor:
-        """What each place does not see, as the layers take it: bool (1, 1, blocks, block, what precedes and block)."""
+    def _unseen(self, places: list[int]) -> Tensor:
+        """What each place does not see of its block and of what precedes that: bool (1, places, preceding + block)."""
         block, reach = self.config.attention_chunk_size, self.config.attention_context_left - 1
-        total = sum(places)
-        blocks = -(-total // block)
-        # No clip's before the row, and none after it: those see one another, so that no row of the softmax is empty.
-        clip = torch.arange(len(places)).repeat_interleave(torch.tensor(places))
-        clip = F.pad(F.pad(clip, (0, blocks * block - total), value=-1), (reach, 0), value=-2)
-        seeing = torch.arange(blocks * block).view(blocks, block, 1)
-        seen = torch.arange(blocks).view(blocks, 1, 1) * block + torch.arange(block + reach) - reach
-        behind = seeing - seen
-        is_seen = (clip[seeing + reach] == clip[seen + reach]) & (behind >= 0) & (behind < reach)
-        return ~is_seen[None, None]
+        clip = F.pad(torch.arange(len(places)).repeat_interleave(torch.tensor(places)), (reach, block), value=-1)
+        seeing = torch.arange(sum(places))[:, None]
+        seen = seeing // block * block + torch.arange(reach + block) - reach
+        is_near = (seen <= seeing) & (seeing - seen < reach)
+        return ~(is_near & (clip[seeing + reach] == clip[seen + reach]))[None]
 
 
 class GemmaTower(Tower):

@@ -1,4 +1,4 @@
-"""A short run of the tiny Qwen2.5-Omni: it learns, is exported, evaluated and asked."""
+"""A short run of the other omni families' tiny models: they learn, are exported, evaluated and asked."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ from train.commands.main import main
 pytestmark = pytest.mark.end_to_end
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("qwen")
-    words = ["+recipe=full", "model=tiny_qwen_omni", *write_records(folder, train=40), f"run.dir={folder / 'run'}"]
+@pytest.fixture(scope="module", params=["tiny_qwen_omni", "tiny_gemma4"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    words = ["+recipe=full", f"model={request.param}", *write_records(folder, train=40), f"run.dir={folder / 'run'}"]
     succeed([*words, "tracker=none", "data.max_tokens=512", "run.max_steps=40", "run.epochs=40"])
     return folder / "run"
 
