@@ -201,6 +201,8 @@ def check_family(options: Options, family: Family) -> None:
         for name in options.lora.modules
         if name in family.modules and not family.lora_targets[name] and name not in options.lora.targets
     ]
+    if options.run.compile and not family.compiles:
+        faults.append(f"run.compile: the layers of a {family.name} model cannot be compiled; leave the option out")
     if options.export.with_code and not family.auto_classes:
         faults.append(f"export.with_code: transformers has a {family.name} model's code itself; leave the option out")
     if faults:

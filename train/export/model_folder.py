@@ -144,6 +144,8 @@ def write_random_model(settings: Path, folder: Path, seed: int) -> None:
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     find(settings).random_model(settings, seed).float().save_pretrained(aside)
+    # What transformers has guessed from config.json gives way to the folder's own, where there is one.
+    (aside / "generation_config.json").unlink(missing_ok=True)
     copy_side_files(settings, aside)
     _replace(folder, aside)
 

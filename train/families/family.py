@@ -60,6 +60,8 @@ class Family:
     stated_keys: tuple[str, ...] = ()
     """Keys that a config.json must state, since without them the published code takes other values than ours, and no
     weight's shape would tell; `a.b` is b in a's mapping, `a|b` one of two."""
+    compiles: bool = True
+    """Whether `run.compile` can compile its layers."""
     own_keys: frozenset[str] = frozenset()
     """Keys of config.json that this project writes for itself."""
 

@@ -36,6 +36,7 @@ GEMMA4 = Family(
         "per_layer_table": (),  # an embedding
     },
     stated_keys=tuple(f"{part}_config" for part in ("text", "vision", "audio")),
+    compiles=False,  # layers hand keys and values on through a mapping that torch.compile does not follow
     own_keys=frozenset(
         # Which transformers turns into `per_layer_config`, or writes as that.
         {"global_head_dim", "num_global_key_value_heads", "per_layer_config"}

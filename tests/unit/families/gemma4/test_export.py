@@ -9,9 +9,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.unit.families.gemma4.builders import MIXED, packed, write_model
+from tests.unit.families.gemma4.builders import MIXED, TINY, packed, write_model
 from tests.unit.families.gemma4.test_model import stock_inputs
-from train.export.model_folder import export
+from train.export.model_folder import export, write_random_model
 from train.export.shards import StoredTensors
 from train.families.gemma4 import GEMMA4
 from train.families.registry import find
@@ -35,6 +35,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stored[f"model.language_model.layers.{number}.self_attn.k_proj.weight"] = torch.randn(8, 8).bfloat16()
     save_file(stored, file, metadata={"format": "pt"})
     return folder
+
+
+def test_a_random_model_knows_all_ends_of_an_answer(tmp_path: Path) -> None:
+    write_random_model(TINY, tmp_path / "random", seed=0)
+    wanted = json.loads((TINY / "generation_config.json").read_text())["eos_token_id"]
+    assert len(wanted) == 2
+    assert GEMMA4.load_model(tmp_path / "random").generation_config.eos_token_id == wanted
 
 
 def learned(base: Path, lora: LoraSettings | None) -> dict[str, Tensor]:

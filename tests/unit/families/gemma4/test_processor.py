@@ -13,7 +13,9 @@ from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeat
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from tests.unit.families.gemma4.builders import MIXED, TINY, clip, picture, record, sound, write_model
+from train.commands.options import compose_options
 from train.config import Options
+from train.engine.build import check_family
 from train.errors import BadRecord, CheckpointError, ConfigError
 from train.families.gemma4 import GEMMA4
 from train.families.gemma4.geometry import clip_places, mel_frames
@@ -139,6 +141,22 @@ def test_the_budget_is_an_option(places: int | None, count: int, folder: Path) -
     processor = load_processor(options, GEMMA4, folder)
     sample = processor.encode(record(("user", [("image", (112, 112))]), ("assistant", ["x"])))
     assert len(sample.media["image"].places) == (64 if places is None else count)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run.compile=true"], "run.compile: the layers of a gemma4 model cannot be compiled"),
+        (
+            ["+recipe=lora", "lora.modules=[llm,per_layer_table]", "modules.tune_per_layer_table=true"],
+            "lora.modules: per_layer_table has no linear layer to adapt",
+        ),
+    ],
+)
+def test_options_that_the_family_lacks_are_refused(words: list[str], said: str) -> None:
+    options, _ = compose_options(["model=tiny_gemma4", *words])
+    with pytest.raises(ConfigError, match=said):
+        check_family(options, GEMMA4)
 
 
 def test_the_budget_is_refused_where_there_is_none() -> None:
