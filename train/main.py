@@ -33,10 +33,13 @@ def main(config: DictConfig) -> None:
 
     from train.engine.accelerator import close
     from train.engine.build import build
+    from train.preflight.expected import Expectation
 
-    run = build(options, resolved)
-    run.stop.listen()
-    is_done = run.trainer.fit()
+    expectation = Expectation(options)
+    with expectation.explained():
+        run = build(options, resolved, expectation)
+        run.stop.listen()
+        is_done = run.trainer.fit()
     folder = run.export() if is_done else None
     if run.accelerator.is_main_process:
         if run.was_finished:

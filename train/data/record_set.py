@@ -30,6 +30,10 @@ Watching = Callable[[int], AbstractContextManager]
 _LOOKED_AT = 64
 """Most records among which `few` chooses."""
 
+_LOOKED_UP_HERE = 2**17
+"""Most records whose lengths are looked up in this process where all are known: a second, less than workers take to
+start."""
+
 _FAULT = 300
 """Most characters of what a decoder says about its failure."""
 
@@ -171,7 +175,8 @@ class RecordSet:
             for number, begin in enumerate(range(end - len(self._sources[source]), end, PART))
         ]
         cores = len(os.sched_getaffinity(0))
-        workers = replace(self.workers, count=min(cores, len(parts)) if self.workers.count else 0)
+        watched = self.workers.count and not (len(self) <= _LOOKED_UP_HERE and _are_known(caches, parts))
+        workers = replace(self.workers, count=min(cores, len(parts)) if watched else 0)
         lengths = np.zeros((len(self), 1 + len(KINDS)), dtype=np.int32)
         types: list[str] = []
         bad: list[BadNote] = []
@@ -224,6 +229,16 @@ class RecordSet:
             sources.append(self.locate(index)[0])
             records.append(index)
         return collate(samples, sources, records), bad
+
+
+def _are_known(caches: Sequence[SourceCache | None], parts: Iterable[tuple[int, int, int, int]]) -> bool:
+    """Whether the caches hold all lengths."""
+    for source, number, begin, end in parts:
+        cache = caches[source]
+        part = cache.load(number) if cache else None
+        if part is None or len(part.types) != end - begin or part.todo():
+            return False
+    return True
 
 
 def _measure_part(

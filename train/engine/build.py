@@ -86,10 +86,27 @@ class Run:
         return folder
 
 
-def build(options: Options, resolved: dict[str, Any]) -> Run:
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a run before its weights are loaded."""
+
+    family: Family
+    base: Path
+    """The folder of the model that training starts from."""
+    plan: StepPlan
+    records: RecordSet
+    device: torch.device
+    ranks: int
+    is_main: bool
+
+
+def build(
+    options: Options, resolved: dict[str, Any], expect: Callable[[Planned], float | None] = lambda planned: None
+) -> Run:
     """Everything a run needs, from its options; every rank must call it.
 
     resolved: the options as plain values, for config.yaml and the tracker.
+    expect: gives the GiB of memory that the run is expected to need, for metrics.jsonl, if it can tell.
     Raises ConfigError with all faults of the options before anything is loaded.
     """
     check(options, world_size(), os.environ)
@@ -108,10 +125,12 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     if eval_set and eval_measured:
         evaluator = make_evaluator(options, accelerator, eval_set, eval_measured, stop)
     _check_keep_best(options, evaluator)
-    with announced(f"loading the weights of '{base}'"):
-        model = _load_model(options, family, base, accelerator.device)
     flops = flops_of(options, family, base)
     plan = make_plan(options, flops, train_set, measured)
+    ranks, is_main = accelerator.num_processes, accelerator.is_main_process
+    expected_gib = expect(Planned(family, base, plan, train_set, accelerator.device, ranks, is_main))
+    with announced(f"loading the weights of '{base}'"):
+        model = _load_model(options, family, base, accelerator.device)
     total_steps = (options.debug.one_batch and options.run.max_steps) or plan.total_steps()
     groups = parameter_groups(
         model,
@@ -161,6 +180,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         predictions=folder.predictions,
         observers=[],
         peak_flops=_peak_flops(options, accelerator),
+        expected_gib=expected_gib,
     )
     if found:
         with announced(f"reading '{found}'"):

@@ -67,6 +67,7 @@ class Trainer:
     predictions: folder of the answers of each evaluation.
     observers: empty but on the main process.
     peak_flops: operations a second that the devices of all ranks can do at most; None where it is not known.
+    expected_gib: memory that the run was expected to need; None where it was not predicted.
     """
 
     accelerator: Accelerator
@@ -83,6 +84,7 @@ class Trainer:
     predictions: Path
     observers: Sequence[Observer]
     peak_flops: float | None = None
+    expected_gib: float | None = None
     position: Position = field(default_factory=Position)
     _evaluation: dict[str, float] = field(default_factory=dict)
     _best: float | None = None
@@ -231,6 +233,7 @@ class Trainer:
             data_wait_s=wait_s,
             device_wait_s=result.device_wait_s,
             mfu=result.flops / step_s / self.peak_flops if self.peak_flops else None,
+            expected_gib=self.expected_gib,
             rates=result.rates,
             not_finite=self.position.step - self.position.updates,
             source_losses={name: loss for name, loss in losses if loss == loss},

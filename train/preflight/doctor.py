@@ -95,7 +95,7 @@ def _look_at_records(prepared: Prepared, report: Report) -> None:
     try:
         quarantine.add([note for examined in found.values() for note in examined.bad])
         if "data.train" in prepared.sets:
-            prepared.plan()
+            prepared.plan(found["data.train"].measured(prepared.sets["data.train"]))
     except OmniTuneError as error:
         report.faults.append(str(error).replace("quarantine.jsonl lists them", "they are listed here"))
 

@@ -38,10 +38,10 @@ class Prepared:
                 found[name] = records.measure(cache, bar.update)
         return found
 
-    def plan(self) -> StepPlan:
-        """The steps of the run."""
+    def plan(self, measured: Measured | None = None) -> StepPlan:
+        """The steps of the run. measured: of data.train, where that is known already."""
         flops = flops_of(self.options, self.family, self.folder)
-        return make_plan(self.options, flops, self.sets["data.train"], self.measured["data.train"][0])
+        return make_plan(self.options, flops, self.sets["data.train"], measured or self.measured["data.train"][0])
 
 
 def prepare(options: Options) -> Prepared:

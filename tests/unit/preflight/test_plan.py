@@ -66,11 +66,11 @@ def test_bytes_are_those_of_torchs_own_tracker(
     trained = list(fake.parameters())
     tracker = MemTracker()
     tracker.track_external(*trained)
-    with memory._as_on_cuda(), tracker:
+    with memory.AsOnCuda(), tracker:
         masters = None if "engine=zero2" in words else memory._masters(options, trained, mode)
         for _ in range(2):
             loss = NextToken().loss(fake, inputs)
-            loss.total.backward()
+            torch.autograd.backward(loss.total)
             del loss
             tracker.reset_mod_stats()  # else it refuses a second call
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
@@ -105,6 +105,7 @@ def test_engines_share_out_what_they_say() -> None:
         peak=5 * GIB,
         trained=GIB,
         largest_group=GIB // 2,
+        by_muon=GIB // 2,
         quantizable=GIB // 2,
     )
     options = compose_options([])[0]
