@@ -19,8 +19,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.overrides import handle_torch_function, has_torch_function
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -85,14 +85,7 @@ def varlen_attention(
 
     Returns:
         (T, H, Dh)
-
-    A `TorchFunctionMode` may put another function in its place, as it may for torch's own.
     """
-    if has_torch_function((q, k, v)):
-        given: dict[str, Any] = {"causal": causal, "scale": scale}
-        return cast(
-            Tensor, handle_torch_function(varlen_attention, (q, k, v), q, k, v, segments_q, segments_k, **given)
-        )
     segments_k = segments_k or segments_q
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _has_varlen_kernel(q.device):
         options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
@@ -100,6 +93,8 @@ def varlen_attention(
             options |= _GROUPED_HEADS
         lengths = (segments_q.cu_seqlens, segments_k.cu_seqlens, segments_q.longest, segments_k.longest)
         return cast(Tensor, varlen_attn(q, k, v, *lengths, **options))
+    if isinstance(q, FakeTensor):  # without values; a single operator holds what the kernel would
+        return cast(Tensor, _opaque_attention(q, k, v, segments_q.cu_seqlens, segments_k.cu_seqlens, causal, scale)[0])
     return _attention_by_length(q, k, v, segments_q, segments_k, causal=causal, scale=scale)
 
 

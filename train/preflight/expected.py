@@ -56,9 +56,9 @@ class Expectation:
         return memory.tensors + (0.0 if on_cuda else peak_memory_gib())
 
     def _predicted(self, planned: Planned) -> GpuMemory:
-        options, on_cuda = _on_device(self.options, planned.device), planned.device.type == "cuda"
+        options = _on_device(self.options, planned.device)
         batch = heaviest_batch(planned.plan, planned.records)
-        measured = measure_step(options, planned.family, planned.base, batch, on_cuda=on_cuda)
+        measured = measure_step(options, planned.family, planned.base, batch)
         return gpu_memory(options, measured, planned.ranks)
 
     @contextmanager

@@ -110,7 +110,7 @@ def choices(
     for way in _ways(options, family, gpus, list(batches), on_cuda=on_cuda):
         case = _as_measured(way)
         if case not in measured:
-            measured[case] = measure_step(case.applied(options), family, folder, batches[way.limits], on_cuda=on_cuda)
+            measured[case] = measure_step(case.applied(options), family, folder, batches[way.limits])
         changes = tuple(word for word, now in zip(way.words(), own.words(), strict=True) if word != now)
         again = 1.0 if way.checkpointing == "none" else 4 / 3
         memory = gpu_memory(way.applied(options), measured[case], gpus)

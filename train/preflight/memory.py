@@ -1,12 +1,12 @@
 """GPU memory of a training step, from the real model on fake tensors: no weights, no device, no values.
 
 The model's parameters are fake tensors on the CPU, and a dispatch mode sums the storages that live, as CUDA's allocator
-rounds them. A mode makes the CPU's ways CUDA's: attention by one kernel, dropout that keeps a mask of bytes.
+rounds them. Two of the CPU's ways become CUDA's: attention by one operator (which fake tensors take, see
+`modules.attention`), dropout that keeps a mask of bytes.
 """
 
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +24,6 @@ from train.engine.build import compute_dtype_of, weight_dtypes, with_trainable
 from train.engine.masters import MasterWeights
 from train.engine.optimizer import matrices
 from train.families.family import Family
-from train.modules.attention import varlen_attention
 from train.modules.objectives import NextToken
 from train.modules.packed import PackedModel, without_adapters
 from train.modules.trainable import is_adapter, module_of
@@ -92,24 +90,23 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def measure_step(options: Options, family: Family, folder: Path, batch: Batch, *, on_cuda: bool = True) -> Measured:
+def measure_step(options: Options, family: Family, folder: Path, batch: Batch) -> Measured:
     """Bytes of a step's micro-batch that is not the first: it holds the gradients of those before.
 
     folder: a model folder, of which the configuration is read.
-    on_cuda: with CUDA's kernels in place of those of a CPU.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _fake_model(options, family, folder, mode)
     fake = _fake_batch(batch, mode)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with AsOnCuda() if on_cuda else nullcontext(), LiveBytes() as live:
+    with LiveBytes() as live:
         masters = None if zero_stage(options) else _masters(options, trained, mode)
         if not masters:
             _hold_gradients(trained, mode)
         weights = [*model.parameters(), *model.buffers()]
         for held in weights:
             live.hold(held)
-        torch.autograd.backward(NextToken().loss(model, fake).total)  # Tensor.backward would leave the mode
+        NextToken().loss(model, fake).total.backward()
     apart = [masters[parameter] for parameter in trained if masters[parameter] is not parameter] if masters else []
     gradients = masters.buckets if masters else [value.grad for value in trained if value.grad is not None]
     return Measured(
@@ -172,7 +169,10 @@ def _fake_model(options: Options, family: Family, folder: Path, mode: FakeTensor
     model = with_trainable(options, family, skeleton).train()
     skeleton.liger_loss = False  # whose kernel takes no fake tensors
     fakes: dict[int, nn.Parameter] = {}
-    for part in model.modules():
+    for part in list(model.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, nn.Dropout) and child.p:
+                setattr(part, name, _Dropout(child.p))
         for name, parameter in list(part.named_parameters(recurse=False)):
             if id(parameter) not in fakes:
                 with mode:
@@ -187,35 +187,12 @@ def _fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
     return batch._map(mode.from_tensor, on_cpu=lambda tensor: tensor)
 
 
-class AsOnCuda(TorchFunctionMode):
-    """Attention and dropout with the memory that they take on CUDA."""
+class _Dropout(nn.Module):
+    """Dropout that keeps a mask of bytes, as CUDA's does."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is varlen_attention:
-            return _Attention.apply(*args[:3])
-        if func is torch.nn.functional.dropout:
-            return _dropout(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
 
-
-class _Attention(torch.autograd.Function):
-    """A kernel that keeps its inputs, its output and the logarithms of its sums."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        sums = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v, _, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _dropout(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """One that keeps a mask of bytes."""
-    if not training or not p or inplace:
-        return torch.nn.functional.dropout(values, p, training, inplace)
-    return torch.native_dropout(values, p, True)[0]
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.native_dropout(values, self.p, True)[0]
