@@ -4,7 +4,7 @@ import gc
 import logging
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
 
-_NAMED = 5
-"""Most settings that a message names."""
+_NAMED, _WITH_ADAPTERS = 4, 2
+"""Most settings that a message names, without adapters and with them."""
 
 
 class Expectation:
@@ -96,17 +96,17 @@ class Expectation:
         found = choices(
             options, planned.family, planned.base, planned.plan, planned.records, planned.ranks, on_cuda=on_cuda
         )
-        now = self._predicted(planned)
-        less = [choice for choice in found if choice.changes and choice.memory.tensors < now.tensors]
+        now = next((choice.memory for choice in found if not choice.changes), None) or self._predicted(planned)
+        needs = (lambda memory: memory.total) if on_cuda else (lambda memory: memory.tensors)
         there = _memory_gib(planned.device)
-        fit = [choice for choice in less if there is None or choice.memory.total <= there]
-        lines = [f"the largest pack is expected to need {now.total:.1f} GiB: {_parts(now)}"]
+        less = [choice for choice in found if choice.changes and choice.memory.tensors < now.tensors]
+        fit = [choice for choice in less if there is None or needs(choice.memory) <= there]
+        lines = [f"the largest pack is expected to need {needs(now):.2f} GiB: {_parts(now)}"]
         if fit:
             lines.append("these words make it less (GiB that are expected; add one of the lines to the command):")
         else:
             lines.append("nothing that was looked at is expected to fit; the least (GiB; more GPUs may do):")
-        shown = sorted(fit, key=_intrusion)[:_NAMED] or less[-1:]
-        lines += [f"  {choice.memory.total:7.2f}  {' '.join(choice.changes)}" for choice in shown]
+        lines += [f"  {needs(choice.memory):7.2f}  {' '.join(choice.changes)}" for choice in _few(fit) or less[-1:]]
         lines.append(
             "with engine= or run.activation_checkpointing= alone the run goes on from its newest checkpoint; what else "
             "is changed needs a new run.dir"
@@ -114,9 +114,15 @@ class Expectation:
         return "\n".join(lines)
 
 
-def _intrusion(choice: Choice) -> tuple[int, float, float]:
-    """Few changes first, then little work, then little memory."""
-    return len(choice.changes), choice.work, choice.memory.total
+def _few(fit: Sequence[Choice]) -> list[Choice]:
+    """Those that change the least, some of them without adapters; Muon is no way to save memory."""
+    ordered = sorted(
+        (choice for choice in fit if "optim.name=muon" not in choice.changes),
+        key=lambda choice: (len(choice.changes), choice.work, choice.memory.total),
+    )
+    by_lora = [choice for choice in ordered if choice.changes[0].startswith("lora=")]
+    others = [choice for choice in ordered if not choice.changes[0].startswith("lora=")]
+    return others[:_NAMED] + by_lora[:_WITH_ADAPTERS]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
