@@ -168,6 +168,7 @@ def test_the_offline_api_agrees_with_our_model(python: Path, model: Path, tmp_pa
     [
         pytest.param(["+recipe=full"], held_out, id="omni-full"),
         pytest.param(["+recipe=lora"], held_out, id="omni-lora"),
+        pytest.param(["model=tiny_qwen_omni"], held_out, id="qwen-omni"),
         pytest.param(["model=tiny_instruct", "data=text"], texts, id="instruct-full"),
         pytest.param(["model=tiny_minicpm", "data=text", "lora=lora"], texts, id="minicpm-lora"),
     ],
