@@ -167,7 +167,9 @@ def as_text(report: Report) -> str:
     for source in report.sources:
         shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in source["shares"].items())
         lines.append(f"{source['option']} {source['name']} ({source['path']}): {source['records']} records")
-        lines.append(f"  {source['bad']} cannot be used; {source['tokens']:,} tokens: {shares}; at 5 | 50 | 95 % of records:")
+        lines.append(
+            f"  {source['bad']} cannot be used; {source['tokens']:,} tokens: {shares}; at 5 | 50 | 95 % of records:"
+        )
         for kind, about in {"all": source, **source["types"]}.items():
             lines.append(f"  {kind or '(no type)':16} {_row(about)}")
         if source["images"]:

@@ -45,8 +45,12 @@ class Expectation:
         wanted = self.options.run.predict_memory
         if not planned.is_main or not (on_cuda if wanted is None else wanted):
             return None
-        with announced("predicting the memory that the run needs (run.predict_memory=false leaves it out)"):
-            memory = self._predicted(planned)
+        try:
+            with announced("predicting the memory that the run needs (run.predict_memory=false leaves it out)"):
+                memory = self._predicted(planned)
+        except Exception as failure:  # which is no reason not to train
+            log.warning("the memory that the run needs cannot be predicted: %s", failure)
+            return None
         there = _memory_gib(planned.device)
         total = memory.total if on_cuda else memory.tensors + peak_memory_gib()
         of = f" of {there:.1f}" if there else ""

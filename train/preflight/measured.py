@@ -51,6 +51,8 @@ def measure_run(options: Options, resolved: dict[str, Any], expect: Callable[[Pl
 
     with TemporaryDirectory(prefix="omnitune-plan-") as folder:
         run = build(_alone(options, folder), resolved, remember)
+        for observer in run.trainer.observers:
+            observer.close(failed=False)
         run.trainer.train_step.engine.model.train()
         steps = _with_heaviest(run, planned[0])
         seconds = [_step(run, number, fetched) for number, fetched in enumerate(steps)]
