@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
 from train.data.record_set import BadNote, Measured, RecordSet, Watching
 from train.data.workers import Results
 from train.pages.page import render

@@ -18,7 +18,7 @@ def training_charts(metrics: Metrics) -> list[Chart]:
     made = [
         chart("loss", losses[:1] if len(losses) == 2 else losses),
         chart("held-out loss", held_out),
-        chart("learning rate", _group(metrics, "lr")),
+        chart("learning rate", _group(metrics, "lr"), from_zero=True),
         chart("gradient norm", [_column(metrics, "grad_norm", "before clipping")]),
         chart("tokens a second", [_column(metrics, "tokens_per_s", "tokens")], from_zero=True),
         chart("MFU (share of the devices' peak)", [_column(metrics, "mfu", "MFU")], from_zero=True),

@@ -11,7 +11,9 @@ from train.config import Options, SourceOptions
 def different(options: Options) -> list[tuple[str, str, str]]:
     """(name, value, default) of each option that is not as train/config.py has it."""
     defaults = flat(Options())
-    return [(name, value, defaults.get(name, "")) for name, value in flat(options).items() if value != defaults.get(name)]
+    return [
+        (name, value, defaults.get(name, "")) for name, value in flat(options).items() if value != defaults.get(name)
+    ]
 
 
 def differing(runs: Sequence[Options]) -> list[tuple[str, list[str]]]:
