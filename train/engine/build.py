@@ -180,7 +180,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
         folder.config.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         write_environment(folder.environment, accelerator, total_steps)
         reporter = Reporter(folder.path, options, step=trainer.position.step, total_steps=total_steps)
-        trainer.observers = [*_observers(options, resolved, folder, trainer), reporter]
+        trainer.observers = _observers(options, resolved, folder, trainer, reporter)
     _describe(options, accelerator, model, plan, total_steps)
     records = eval_set or train_set
     return Run(options, accelerator, trainer, folder, base, records, stop, reporter, trainer.is_finished)
@@ -318,11 +318,14 @@ def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, op
     )
 
 
-def _observers(options: Options, resolved: dict[str, Any], folder: RunFolder, trainer: Trainer) -> list[Observer]:
+def _observers(
+    options: Options, resolved: dict[str, Any], folder: RunFolder, trainer: Trainer, reporter: Reporter
+) -> list[Observer]:
     step = trainer.position.step
     observers: list[Observer] = [
         MetricsFile(folder.metrics, step),
         Progress(trainer.intervals.total_steps, step),
+        reporter,
     ]
     if options.debug.profile_steps:
         observers.append(Profiler(folder.trace, options.debug.profile_steps))

@@ -13,8 +13,8 @@ from train.data.audio import SAMPLE_RATE
 _COLUMNS = 300
 """Columns of a waveform."""
 
-_OPUS_LEVEL = 0.95
-"""From 0, 260 kbit/s, to 1, 7 kbit/s."""
+_MP3_LEVEL = 0.9
+"""From 0, the highest bit rate, to 1, the lowest."""
 
 _SCALE = np.array([(8, 10, 40), (92, 28, 110), (205, 70, 80), (250, 160, 50), (252, 255, 190)], np.float64)
 """Colours of a mel from silence to the loudest."""
@@ -42,12 +42,22 @@ def clip_uri(clip: np.ndarray) -> str:
     return data_uri("audio/flac", file.getvalue())
 
 
-def opus_uri(clip: np.ndarray) -> str:
-    """A clip at 16 kHz, float32 (samples,), as Opus at about 20 kbit/s; samples beyond full scale are clipped."""
+def small_clip_uri(clip: np.ndarray) -> str:
+    """A clip at 16 kHz, float32 (samples,), as MP3 at about 23 kbit/s; samples beyond full scale are clipped.
+
+    Every browser plays it, and it is encoded four times as fast as Opus.
+    """
     file = io.BytesIO()
-    samples = np.clip(clip, -1, 1)
-    soundfile.write(file, samples, SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=_OPUS_LEVEL)
-    return data_uri("audio/ogg", file.getvalue())
+    soundfile.write(
+        file,
+        np.clip(clip, -1, 1),
+        SAMPLE_RATE,
+        format="MP3",
+        subtype="MPEG_LAYER_III",
+        compression_level=_MP3_LEVEL,
+        bitrate_mode="AVERAGE",
+    )
+    return data_uri("audio/mpeg", file.getvalue())
 
 
 def waveform_path(clip: np.ndarray) -> str:

@@ -13,7 +13,7 @@ from train.data.record_set import SourceSpec, Watching
 from train.data.records import parse_record
 from train.data.workers import Results, Workers
 from train.errors import BadRecord, OmniTuneError
-from train.pages.drawing import opus_uri, picture_uri
+from train.pages.drawing import picture_uri, small_clip_uri
 from train.schema import Kind, MediaSource, Part, Record
 
 log = logging.getLogger(__name__)
@@ -149,4 +149,4 @@ def _clip(source: MediaSource, name: str) -> Shown:
     clip = load_clip(source, (_SECONDS + 1) * SAMPLE_RATE)
     seconds = len(clip) / SAMPLE_RATE
     kept = f"its first {_SECONDS} s" if seconds > _SECONDS else f"{seconds:.2f} s"
-    return Shown("audio", opus_uri(clip[: _SECONDS * SAMPLE_RATE]), f"{name}, {kept}")
+    return Shown("audio", small_clip_uri(clip[: _SECONDS * SAMPLE_RATE]), f"{name}, {kept}")

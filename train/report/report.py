@@ -1,7 +1,6 @@
 """The page of a run: how it goes, what it answers, and what it was."""
 
 import html
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,6 @@ from train.report.options import different
 from train.report.reading import Metrics, RunFiles, read_run
 from train.report.verdict import State, checks, state_of, tiles
 from train.sources import source_specs
-
-log = logging.getLogger(__name__)
 
 MOST_ANSWERS = 2000
 """Most answers that are listed."""

@@ -39,12 +39,24 @@ def test_two_records_of_which_one_gets_better() -> None:
 
 def test_pairing_leaves_no_doubt_where_every_record_gains_as_much() -> None:
     first = np.column_stack([np.linspace(0, 0.5, 30), np.ones(30)])
-    second = first + [0.25, 0]
+    second = first + np.array([0.25, 0])
     found = paired_interval(first, second)
     assert (found.low, found.high) == (pytest.approx(0.25), pytest.approx(0.25))
 
 
-SCIPY: list[tuple[np.ndarray, np.ndarray, float, float, float]] = []
+def test_it_agrees_with_scipy() -> None:
+    """scipy 1.17.1: bootstrap of the rows' indices, method="percentile", n_resamples=200,000, rng of seed 1."""
+    ones = [1.0] * 12
+    first = np.column_stack([[1, 0, 1, 0, 1, 0, 0, 1, 1, 0, 0, 1], ones])
+    second = np.column_stack([[1, 1, 1, 0, 1, 1, 0, 1, 0, 1, 1, 1], ones])
+    found = paired_interval(first, second)
+    assert (found.difference, found.low, found.high) == pytest.approx((0.25, -1 / 12, 7 / 12))
+
+    lengths = [5, 3, 8, 2, 7, 9, 1, 4]
+    first = np.column_stack([[1, 0, 4, 2, 0, 3, 1, 0], lengths])
+    second = np.column_stack([[0, 0, 2, 2, 1, 1, 0, 0], lengths])
+    found = paired_interval(first, second)
+    assert (found.difference, found.low, found.high) == pytest.approx((-0.1282051282051282, -0.25, 0.0), abs=0.004)
 
 
 def test_it_is_drawn_from_a_seed() -> None:
