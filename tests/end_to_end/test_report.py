@@ -26,22 +26,26 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 STEPS = 6
 
 
-@contextmanager
-def opened(file: Path, width: int = 1100) -> Iterator["playwright.Page"]:
-    """The page, opened from its file; it may ask for nothing, and say nothing to the console."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator["playwright.Browser"]:
     if not CHROMIUM:
         pytest.skip("there is no Chromium: apt-get install chromium")
-    asked, errors = [], []
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: errors.append(message.text))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(file.as_uri())
-        page.wait_for_load_state("load")
-        yield page
-        browser.close()
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@contextmanager
+def opened(browser: "playwright.Browser", file: Path, width: int = 1100) -> Iterator["playwright.Page"]:
+    """The page, opened from its file; it may ask for nothing, and say nothing to the console."""
+    asked, errors = [], []
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(file.as_uri())
+    page.wait_for_load_state("load")
+    yield page
+    page.close()
     assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
     assert errors == []
 
@@ -89,8 +93,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(run: Path) -> Iterator["playwright.Page"]:
-    with opened(run / "report.html") as page:
+def page(browser: "playwright.Browser", run: Path) -> Iterator["playwright.Page"]:
+    with opened(browser, run / "report.html") as page:
         yield page
 
 
@@ -103,9 +107,9 @@ def expected(lines: list[dict[str, Any]], name: str, shown: str) -> list[str]:
     return [f"step {line['step']}: {shown} {figure(line[name])}" for line in lines if name in line]
 
 
-def test_a_killed_run_has_a_page_of_the_steps_so_far(run: Path) -> None:
+def test_a_killed_run_has_a_page_of_the_steps_so_far(browser: "playwright.Browser", run: Path) -> None:
     lines = [json.loads(line) for line in (run / "killed.jsonl").read_text().splitlines()]
-    with opened(run / "killed.html") as page:
+    with opened(browser, run / "killed.html") as page:
         assert page.locator("[data-state]").get_attribute("data-state") == "unfinished"
         assert f"after step 4 of {STEPS}; to resume, run the same command with run.dir={run}." in page.inner_text(
             "body"
@@ -159,7 +163,7 @@ def test_answers_stand_beside_their_references_with_what_was_seen_and_heard(page
         """audio => new Promise((done, fail) => { audio.onloadedmetadata = () => done(audio.duration);
             audio.onerror = () => fail(audio.error.message); audio.preload = 'metadata'; audio.load(); })"""
     )
-    said = page.locator(".answer figure:has(audio) figcaption").first.inner_text()
+    said = page.locator(".answer figure:has(audio) figcaption").first.text_content() or ""
     assert seconds == pytest.approx(float(re.findall(r", ([\d.]+) s", said)[0]), abs=0.15)
 
 
@@ -184,12 +188,14 @@ def test_options_environment_and_export_are_told(page: "playwright.Page", run: P
 
 
 @pytest.mark.parametrize("width", [390, 1100])
-def test_nothing_overflows(width: int, run: Path) -> None:
-    with opened(run / "report.html", width) as page:
+def test_nothing_overflows(width: int, browser: "playwright.Browser", run: Path) -> None:
+    with opened(browser, run / "report.html", width) as page:
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_a_sweep_names_its_runs_goes_on_after_a_fault_and_ends_in_a_comparison(tmp_path: Path) -> None:
+def test_a_sweep_names_its_runs_goes_on_after_a_fault_and_ends_in_a_comparison(
+    browser: "playwright.Browser", tmp_path: Path
+) -> None:
     """The second of three runs is refused."""
     folder = tmp_path / "sweep"
     command = [sys.executable, "train/main.py", "-m", *words(tmp_path), f"run.dir={folder}", "+recipe=lora"]
@@ -207,7 +213,7 @@ def test_a_sweep_names_its_runs_goes_on_after_a_fault_and_ends_in_a_comparison(t
     for name, rank in zip(names, (2, 4), strict=True):
         assert json.loads((folder / name / "export" / "adapter" / "adapter_config.json").read_text())["r"] == rank
     assert "over 10 held-out records" in done.stdout
-    with opened(folder / "compare.html", 390) as page:
+    with opened(browser, folder / "compare.html", 390) as page:
         for place, name in enumerate(names):
             loss = page.locator(f'tr[data-figure="loss"] td >> nth={place + 1}').get_attribute("data-value")
             assert float(loss or "nan") == metrics(folder / name)[-1]["eval/loss"]

@@ -34,6 +34,8 @@ class Row:
     intervals: list[Interval | None]
     """None for the first run, and where there are no records by which to tell"""
     more_is_better: bool
+    records: int = 0
+    """over which it was measured in each run; 0 where that is not known"""
 
     def verdict(self, run: int) -> str:
         """ "better" or "worse" where the interval leaves no doubt, else ""."""
@@ -117,7 +119,9 @@ def _rows(of_runs: list[list[Prediction]], metrics: Sequence[str]) -> list[Row]:
                 continue
             values = [float(table[:, 0].sum() / table[:, 1].sum()) for table in tables]
             intervals = [None, *(paired_interval(tables[0], table) for table in tables[1:])]
-            rows.append(Row(name if kind is None else f"{name}/{kind}", list(values), intervals, METRICS[name]))
+            rows.append(
+                Row(name if kind is None else f"{name}/{kind}", list(values), intervals, METRICS[name], len(tables[0]))
+            )
     return rows
 
 

@@ -33,6 +33,7 @@ def test_a_run_that_answers_more_is_better(tmp_path: Path) -> None:
     loss, exact_match = found.rows
     assert loss.values == [1.5, 0.5]
     assert exact_match.values == [0.25, 0.75]
+    assert exact_match.records == 8
     interval = exact_match.intervals[1]
     assert interval
     # The gain of a resample is the share of 8 draws that met the 4 records of 8 that were gained: binomial(8, 1/2) / 8,
