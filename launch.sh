@@ -30,12 +30,16 @@ if [ -z "${NUM_PROCESSES:-}" ]; then
 fi
 NUM_MACHINES="${NUM_MACHINES:-1}"
 
-if [ "$NUM_PROCESSES" = 1 ] && [ "$NUM_MACHINES" = 1 ]; then
-  exec python train/main.py "$@"
-elif [ "$NUM_MACHINES" = 1 ]; then
-  exec python -m train.launcher --standalone --nproc-per-node "$NUM_PROCESSES" train/main.py "$@"
-else
-  exec python -m train.launcher --nnodes "$NUM_MACHINES" --node-rank "${MACHINE_RANK:?set MACHINE_RANK, from 0 on}" \
+launcher=(python)
+if [ "$NUM_MACHINES" != 1 ]; then
+  launcher=(python -m train.launcher --nnodes "$NUM_MACHINES" --node-rank "${MACHINE_RANK:?set MACHINE_RANK, from 0 on}" \
     --nproc-per-node "$NUM_PROCESSES" --master-addr "${MAIN_ADDRESS:?set MAIN_ADDRESS, the address of machine 0}" \
-    --master-port "${MAIN_PORT:-29500}" train/main.py "$@"
+    --master-port "${MAIN_PORT:-29500}")
+elif [ "$NUM_PROCESSES" != 1 ]; then
+  launcher=(python -m train.launcher --standalone --nproc-per-node "$NUM_PROCESSES")
 fi
+if [[ " $* " =~ " -m "|" --multirun " ]]; then # a sweep launches its runs itself
+  export OMNITUNE_LAUNCHER="${launcher[*]}"
+  launcher=(python)
+fi
+exec "${launcher[@]}" train/main.py "$@"

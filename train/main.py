@@ -16,10 +16,12 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from train.commands.options import message_for_known_error, register, typed  # noqa: E402
+from train.commands.sweep import Sweep  # noqa: E402
 from train.launcher.failure import STOPPED, report_failure  # noqa: E402
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors, and does not print them on every rank
 register()
+sweep = Sweep()
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
@@ -27,9 +29,10 @@ register()
 def main(config: DictConfig) -> None:
     """Train as the options say, and export the result."""
     hydra_config = HydraConfig.get()
+    if hydra_config.mode is RunMode.MULTIRUN:
+        sweep.run(__file__, hydra_config.overrides.task, config.run.dir)
+        return
     options, resolved = typed(config, hydra_config.overrides.task)
-    if hydra_config.mode is RunMode.MULTIRUN:  # each job of a sweep has a folder of its own
-        options.run.dir = resolved["run"]["dir"] = f"{options.run.dir}-{hydra_config.job.num}"
 
     from train.engine.accelerator import close
     from train.engine.build import build
@@ -58,3 +61,4 @@ def main(config: DictConfig) -> None:
 if __name__ == "__main__":
     with report_failure(message_for_known_error):  # Hydra's own faults too
         main()
+        sweep.close()

@@ -27,15 +27,20 @@ OURS = {
     "train.modules": BASE | {"train.modules"},
     "train.families": BASE | {"train.families", "train.data", "train.modules"},
     "train.auto": BASE | {"train.families", "train.data", "train.modules"},
+    "train.pages": BASE | {"train.pages", "train.data"},
     "train.sources": BASE | {"train.config", "train.families", "train.data"},
     "train.export": BASE
     | {"train.export", "train.config", "train.checks", "train.families", "train.data", "train.modules"},
     "train.inference": BASE | {"train.inference", "train.auto", "train.families", "train.data", "train.modules"},
+    "train.report": BASE
+    | {"train.report", "train.config", "train.sources", "train.pages", "train.inference", "train.data"},
     "train.engine": BASE
     | {
         "train.config",
         "train.checks",
         "train.sources",
+        "train.pages",
+        "train.report",
         "train.engine",
         "train.export",
         "train.inference",

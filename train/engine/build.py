@@ -32,6 +32,7 @@ from train.engine.lock import lock
 from train.engine.observers import MetricsFile, Observer, Profiler, Progress
 from train.engine.optimizer import LearningRates, matrices
 from train.engine.peak import peak_flops
+from train.engine.reporting import Reporter
 from train.engine.state import shape_of, size_of, trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
@@ -47,6 +48,7 @@ from train.modules.layers import checkpoint_layers, compile_layers
 from train.modules.objectives import NextToken
 from train.modules.packed import PackedModel
 from train.modules.trainable import Group, canonical_name, choose_trainable, module_of, parameter_groups
+from train.report.verdict import State
 from train.run_folder import RunFolder
 from train.schema import Batch
 from train.sources import load_processor
@@ -66,6 +68,8 @@ class Run:
     records: RecordSet
     """By which the export is checked: held-out ones, or else those of training."""
     stop: StopRequest
+    reporter: Reporter | None
+    """None but on the main process."""
 
     was_finished: bool
     """Nothing was left to do when it started."""
@@ -82,6 +86,8 @@ class Run:
         if self.accelerator.is_main_process and not is_export_of(checkpoint, folder, self.options):
             with announced(f"exporting to '{folder}', and checking the export"):
                 export_checkpoint(self.options, self.base, checkpoint, folder, self.records)
+            if self.reporter:
+                self.reporter.write(State.finished)
         self.accelerator.wait_for_everyone()
         return folder
 
@@ -187,15 +193,17 @@ def build(
             trainer.resume(found)
         for records in filter(None, (train_set, eval_set)):
             records.leave_out(quarantine.notes)
+    reporter = None
     if accelerator.is_main_process:
         if folder.path.parent.absolute() == Path("outputs", options.run.name).absolute():
             folder.link_latest()  # only now: a run that is refused leaves the one before
         folder.config.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-        write_environment(folder.environment, accelerator)
-        trainer.observers = _observers(options, resolved, folder, trainer)
+        write_environment(folder.environment, accelerator, total_steps)
+        reporter = Reporter(folder.path, options, step=trainer.position.step, total_steps=total_steps)
+        trainer.observers = _observers(options, resolved, folder, trainer, reporter)
     _describe(options, accelerator, model, plan, total_steps)
     records = eval_set or train_set
-    return Run(options, accelerator, trainer, folder, base, records, stop, trainer.is_finished)
+    return Run(options, accelerator, trainer, folder, base, records, stop, reporter, trainer.is_finished)
 
 
 def _flops_of(plan: StepPlan, head: float, batch: Batch) -> float:
@@ -330,11 +338,14 @@ def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, op
     )
 
 
-def _observers(options: Options, resolved: dict[str, Any], folder: RunFolder, trainer: Trainer) -> list[Observer]:
+def _observers(
+    options: Options, resolved: dict[str, Any], folder: RunFolder, trainer: Trainer, reporter: Reporter
+) -> list[Observer]:
     step = trainer.position.step
     observers: list[Observer] = [
         MetricsFile(folder.metrics, step),
         Progress(trainer.intervals.total_steps, step),
+        reporter,
     ]
     if options.debug.profile_steps:
         observers.append(Profiler(folder.trace, options.debug.profile_steps))

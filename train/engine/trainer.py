@@ -16,13 +16,14 @@ from accelerate.utils import gather_object
 from train.announce import announced
 from train.data.loader import Fetched
 from train.engine.checkpoint import Checkpoints, is_better
-from train.engine.evaluator import Evaluator, write_predictions
+from train.engine.evaluator import Evaluator
 from train.engine.observers import Observer, StepReport
 from train.engine.quarantine import Quarantine
 from train.engine.state import TrainedState
 from train.engine.step import StepResult, TrainStep
 from train.errors import CheckpointError, TrainingError
 from train.export.checkpoint_reader import read_state, saved_state
+from train.inference.predictions import write_predictions
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from tokenizers.decoders import DecodeStream
 from train.data.audio import SAMPLE_RATE, clip_header, load_clip
 from train.data.images import load_picture
 from train.data.record_set import RecordSet
-from train.preflight.drawing import clip_uri, mel_uri, picture_uri, waveform_path
+from train.pages.drawing import clip_uri, mel_uri, picture_uri, waveform_path
 from train.schema import Kind, Media, Outline, Placed, Record, Sample
 
 

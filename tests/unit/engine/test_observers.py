@@ -65,6 +65,13 @@ def test_resuming_forgets_the_steps_that_are_run_again(tmp_path: Path) -> None:
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_starting_anew_forgets_the_evaluation_before_the_first_step_too(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0, "eval/loss": 1}\n{"step": 1}\n')
+    MetricsFile(file, 0).close(failed=False)
+    assert file.read_text() == ""
+
+
 @pytest.mark.parametrize("broken", [b"\xff\xfe\n", b"3\n", b'{"step": null}\n', b"[" * 9999 + b"\n"])
 def test_resuming_drops_lines_that_are_no_steps(broken: bytes, tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
