@@ -48,6 +48,8 @@ ONLY_IN = {
     "accelerate": ("train.engine",),
     "deepspeed": ("train.engine",),
     "wandb": ("train.engine.tracking",),
+    "tensorboard": ("train.engine.tracking",),
+    "mlflow": ("train.engine.tracking",),
     "peft": ("train.modules.adapters",),
     "hydra": ("train.commands", "train.main"),
     "gradio": ("train.inference.demo",),
@@ -125,7 +127,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
     assert {PACKAGES.get(name, name) for name in used} - {"train", "omnitune", "vllm"} <= names
 
 
-PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra_core"}
+PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra_core", "mlflow": "mlflow_skinny"}
 """Packages whose module has another name."""
 
 MODEL_NAMES = re.compile(r"megrez|minicpm|llama|granite", re.I)

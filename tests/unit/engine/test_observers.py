@@ -9,10 +9,10 @@ from train.engine.evaluator import Evaluation
 from train.engine.observers import MetricsFile, StepReport
 
 
-def report(step: int) -> StepReport:
+def report(step: int, loss: float = 2.0) -> StepReport:
     return StepReport(
         step=step,
-        loss=2.0,
+        loss=loss,
         grad_norm=0.5,
         tokens=100,
         supervised_tokens=10,
