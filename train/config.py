@@ -249,6 +249,8 @@ class RunOptions:
     gain_figure: str = ""
     """Figure of the evaluation by which `stop_after_no_gain` counts; "" = that of `checkpoint.keep_best`, or eval/loss
     where that names none."""
+    certify: bool = False
+    """Write certificate.json at the end, as `omnitune certify` does; the run fails where a line of it fails."""
     precision: Precision = Precision.bf16
     """Precision of the computation; master weights and moments are always fp32."""
     activation_checkpointing: CheckpointingOptions = field(default_factory=CheckpointingOptions)

@@ -31,14 +31,16 @@ def main(config: DictConfig) -> None:
     if hydra_config.mode is RunMode.MULTIRUN:  # each job of a sweep has a folder of its own
         options.run.dir = resolved["run"]["dir"] = f"{options.run.dir}-{hydra_config.job.num}"
 
+    from train.commands.certify import certify_apart
     from train.engine.accelerator import close
     from train.engine.build import build
 
     run = build(options, resolved)
+    is_main = run.accelerator.is_main_process
     run.stop.listen()
     is_done = run.trainer.fit()
     folder = run.export() if is_done else None
-    if run.accelerator.is_main_process:
+    if is_main:
         if run.was_finished:
             said = f"the run is finished, there is nothing left to train; its model is in {folder}"
         elif folder:
@@ -50,6 +52,8 @@ def main(config: DictConfig) -> None:
     close(run.accelerator)
     if not is_done:
         sys.exit(STOPPED)
+    if is_main and options.run.certify and not (run.was_finished and run.folder.certificate.exists()):
+        certify_apart(run.folder)
 
 
 if __name__ == "__main__":

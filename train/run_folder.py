@@ -61,6 +61,11 @@ class RunFolder:
         """The model folder that was trained."""
         return self.path / "export"
 
+    @property
+    def certificate(self) -> Path:
+        """What `omnitune certify` found."""
+        return self.path / "certificate.json"
+
     def link_latest(self) -> None:
         """Let `latest` beside it be a relative link to it; does nothing where links cannot be made."""
         aside = self.path.with_name(f".{LATEST}.{self.path.name}")

@@ -43,6 +43,7 @@ OURS = {
     }
     | {"train.data", "train.modules"},
 }
+OURS["train.certificate"] = OURS["train.engine"] | {"train.certificate"}
 OURS["train.preflight"] = OURS["train.engine"] | {"train.preflight"}
 ONLY_IN = {
     "accelerate": ("train.engine",),

@@ -7,12 +7,13 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from train.commands import chat, demo, doctor, evaluate, export, plan, preview
+from train.commands import certify, chat, demo, doctor, evaluate, export, plan, preview
 from train.errors import message_for_user
 from train.families.family import quieten_transformers
 from train.launcher.failure import report_failure
 
 COMMANDS: dict[str, ModuleType] = {
+    "certify": certify,
     "chat": chat,
     "demo": demo,
     "doctor": doctor,
