@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 
@@ -62,6 +63,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_last": (0, _COUNT),
     "eval.every": (0, _COUNT),
     "run.max_not_finite": (0, _COUNT),
+    "run.stop_after_no_gain": (0, _COUNT),
     "run.peak_tflops": (0.001, 10**6),
     "run.threads": (0, 512),
     "eval.max_records": (0, _COUNT),
@@ -94,6 +96,7 @@ def check(options: Options, world_size: int = 1, environment: Mapping[str, str] 
         *_accelerate_faults(options, environment or {}),
         *_liger_faults(options),
         *_layer_faults(options),
+        *_tracker_faults(options),
     ]
     if faults:
         raise ConfigError(faults)
@@ -239,9 +242,30 @@ def _number_faults(options: Options) -> list[str]:
         faults.append(f"optim.betas is {list(betas)}; it takes two numbers from 0 to below 1")
     if (best := options.checkpoint.keep_best) and not options.data.eval:
         faults.append(f"checkpoint.keep_best is {best}, but data.eval is empty, so nothing is evaluated")
+    faults += _gain_faults(options)
     if run.resume not in ("auto", "never") and not Path(run.resume).is_dir():
         faults.append(f"run.resume: there is no checkpoint folder '{run.resume}'; use auto, never or a folder")
     return faults
+
+
+def _gain_faults(options: Options) -> list[str]:
+    run, asked = options.run, f"run.stop_after_no_gain is {options.run.stop_after_no_gain}"
+    if run.gain_figure and not run.stop_after_no_gain:
+        return [f"run.gain_figure is {run.gain_figure}; set run.stop_after_no_gain too"]
+    if not 1 <= run.stop_after_no_gain <= _COUNT:
+        return []
+    if not options.data.eval:
+        return [f"{asked}, but data.eval is empty, so nothing is evaluated"]
+    if not options.eval.every:
+        return [f"{asked}, but eval.every is 0, so nothing is evaluated before the last step; set eval.every"]
+    return []
+
+
+def gain_figure(options: Options) -> str:
+    """The figure of the evaluation by which a run may end early; "" where it may not."""
+    if not options.run.stop_after_no_gain:
+        return ""
+    return options.run.gain_figure or options.checkpoint.keep_best or "eval/loss"
 
 
 def _range_fault(name: str, value: float | None, limits: tuple[float, float]) -> list[str]:
@@ -350,6 +374,23 @@ def _liger_faults(options: Options) -> list[str]:
             "leave the option out"
         ]
     return []
+
+
+_PACKAGES = {
+    "wandb": {"wandb": "wandb"},
+    "tensorboard": {"tensorboard": "tensorboard"},
+    "mlflow": {"mlflow": "mlflow-skinny", "sqlalchemy": "sqlalchemy", "alembic": "alembic"},
+}
+"""The modules that each tracker needs, and the packages that have them."""
+
+
+def _tracker_faults(options: Options) -> list[str]:
+    faults = []
+    for tracker, packages in _PACKAGES.items():
+        if getattr(options.tracker, tracker) and any(find_spec(module) is None for module in packages):
+            needed = " ".join(packages.values())
+            faults.append(f"tracker={tracker} needs packages that are not installed; pip install {needed}")
+    return faults
 
 
 def _layer_faults(options: Options) -> list[str]:

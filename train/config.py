@@ -64,11 +64,6 @@ class OptimizerName(StrEnum):
     muon = "muon"
 
 
-class Tracker(StrEnum):
-    none = "none"
-    wandb = "wandb"
-
-
 @dataclass
 class ModelOptions:
     path: str | None = None
@@ -248,6 +243,14 @@ class RunOptions:
     """`auto` = go on from the newest checkpoint in `run.dir`; `never`; or a checkpoint's path."""
     max_not_finite: int = 10
     """Steps in a row that may be left out because a loss or gradient is not finite; then the run stops."""
+    stop_after_no_gain: int = 0
+    """Evaluations in a row that are no better than the best before them, after which the run ends and is exported; 0 =
+    it goes on to its last step. The evaluation before the first step does not count."""
+    gain_figure: str = ""
+    """Figure of the evaluation by which `stop_after_no_gain` counts; "" = that of `checkpoint.keep_best`, or eval/loss
+    where that names none."""
+    certify: bool = False
+    """Write certificate.json at the end, as `omnitune certify` does; the run fails where a line of it fails."""
     precision: Precision = Precision.bf16
     """Precision of the computation; master weights and moments are always fp32."""
     activation_checkpointing: CheckpointingOptions = field(default_factory=CheckpointingOptions)
@@ -309,12 +312,16 @@ class ExportOptions:
 
 @dataclass
 class TrackerOptions:
-    name: Tracker = Tracker.wandb
-    """Set by the `tracker` group."""
+    wandb: bool = False
+    """Weights & Biases. The `tracker` group sets this and the next two: tracker=[wandb,tensorboard], tracker=none."""
+    tensorboard: bool = False
+    """Event files in the run's folder, in tensorboard/."""
+    mlflow: bool = False
+    """MLflow, at the address in MLFLOW_TRACKING_URI; where that is not set, mlflow/mlflow.db in the run's folder."""
     project: str = "omnitune"
-    """W&B project."""
+    """W&B project, or experiment in MLflow."""
     tags: list[str] = field(default_factory=list)
-    """W&B tags of the run."""
+    """Tags of the run in W&B and MLflow."""
 
 
 @dataclass

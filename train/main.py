@@ -34,6 +34,7 @@ def main(config: DictConfig) -> None:
         return
     options, resolved = typed(config, hydra_config.overrides.task)
 
+    from train.commands.certify import certify_apart
     from train.engine.accelerator import close
     from train.engine.build import build
     from train.preflight.expected import Expectation
@@ -41,10 +42,11 @@ def main(config: DictConfig) -> None:
     expectation = Expectation(options)
     with expectation.explained():
         run = build(options, resolved, expectation)
+        is_main = run.accelerator.is_main_process
         run.stop.listen()
         is_done = run.trainer.fit()
     folder = run.export() if is_done else None
-    if run.accelerator.is_main_process:
+    if is_main:
         if run.was_finished:
             said = f"the run is finished, there is nothing left to train; its model is in {folder}"
         elif folder:
@@ -56,6 +58,8 @@ def main(config: DictConfig) -> None:
     close(run.accelerator)
     if not is_done:
         sys.exit(STOPPED)
+    if is_main and options.run.certify and not (run.was_finished and run.folder.certificate.exists()):
+        certify_apart(run.folder)
 
 
 if __name__ == "__main__":

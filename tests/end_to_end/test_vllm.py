@@ -22,11 +22,23 @@ from PIL import Image
 
 from tests.builders import randomize
 from tests.end_to_end import agreement
-from tests.runs import ROOT, SAMPLE, build_here, clean_environment, environment_python, trained_model
+from tests.runs import (
+    ROOT,
+    SAMPLE,
+    build_here,
+    clean_environment,
+    environment_python,
+    trained_model,
+    write_small_model,
+)
+from tests.unit.certificate.test_certify import LORA, finished_run
 from tests.unit.data.builders import by_av, tone
+from train.certificate.exported import export_lines
 from train.commands.main import main
+from train.commands.options import read_options
 from train.export.model_folder import copy_side_files
 from train.families.registry import find
+from train.sources import load_processor, open_records
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1200)]
 
@@ -182,6 +194,20 @@ def test_exports_say_what_was_trained(
     trained = trained_model(run)
     export = run.export()
     check_agreement(python, export, trained, run.records.processor, conversations(), tmp_path)
+
+
+def test_a_certificate_looks_at_vllm(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    run = finished_run(folder, write_small_model(folder), *LORA, media=True)
+    options = read_options(run.config)
+    records = open_records(options, options.data.train, load_processor(options, find(run.export), run.export))
+    line = export_lines(options, run.initial_model, run, records, python)[2]
+    assert line.passed, line.why
+    assert line.figure is not None
+    assert line.figure > 0
 
 
 @pytest.fixture(scope="module")

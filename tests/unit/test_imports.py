@@ -48,11 +48,14 @@ OURS = {
     }
     | {"train.data", "train.modules"},
 }
+OURS["train.certificate"] = OURS["train.engine"] | {"train.certificate"}
 OURS["train.preflight"] = OURS["train.engine"] | {"train.preflight"}
 ONLY_IN = {
     "accelerate": ("train.engine",),
     "deepspeed": ("train.engine",),
     "wandb": ("train.engine.tracking",),
+    "tensorboard": ("train.engine.tracking",),
+    "mlflow": ("train.engine.tracking",),
     "peft": ("train.modules.adapters",),
     "hydra": ("train.commands", "train.main"),
     "gradio": ("train.inference.demo",),
@@ -130,7 +133,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
     assert {PACKAGES.get(name, name) for name in used} - {"train", "omnitune", "vllm"} <= names
 
 
-PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra_core"}
+PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra_core", "mlflow": "mlflow_skinny"}
 """Packages whose module has another name."""
 
 MODEL_NAMES = re.compile(r"megrez|minicpm|llama|granite", re.I)

@@ -143,12 +143,21 @@ class RecordSet:
 
     def leave_out(self, notes: Iterable[BadNote]) -> None:
         """Give up the records that were noted before, so that a resumed run trains on the same ones."""
-        starts = np.concatenate([[0], self.ends[:-1]]).tolist()
         for note in notes:
-            for spec, source, start in zip(self.specs, self._sources, starts, strict=True):
-                row = source.index_of(note.line) if spec.path == note.source else None
-                if row is not None:
-                    self.given_up[start + row] = note.reason
+            for index in self._indices(note.source, note.line):
+                self.given_up[index] = note.reason
+
+    def find(self, path: str, line: int) -> Record | None:
+        """The record in a line of a source's file; None where there is none."""
+        found = (self.attempt(index, lambda record: record) for index in self._indices(path, line))
+        return next((record for record in found if isinstance(record, Record)), None)
+
+    def _indices(self, path: str, line: int) -> Iterator[int]:
+        starts = np.concatenate([[0], self.ends[:-1]]).tolist()
+        for spec, source, start in zip(self.specs, self._sources, starts, strict=True):
+            row = source.index_of(line) if spec.path == path else None
+            if row is not None:
+                yield start + row
 
     def attempt(self, index: int, read: Callable[[Record], R], watch: Watching = nullcontext) -> R | BadNote:
         """What `read` makes of a record, or why the record cannot be used: whatever it raises costs that record."""

@@ -17,8 +17,8 @@ from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from train.announce import announced
-from train.checks import check, model_folder, tuned_modules
-from train.config import OptimizerName, Options, Precision, Tracker
+from train.checks import check, gain_figure, model_folder, tuned_modules
+from train.config import OptimizerName, Options, Precision
 from train.data.loader import StepLoader, StepPlan
 from train.data.record_set import RecordSet
 from train.engine.accelerator import make_accelerator, world_size, zero_stage
@@ -28,6 +28,7 @@ from train.engine.consistency import check_folder
 from train.engine.engines import DeepSpeedEngine, Engine, OwnEngine
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
+from train.engine.gain import Gain
 from train.engine.lock import lock
 from train.engine.observers import MetricsFile, Observer, Profiler, Progress
 from train.engine.optimizer import LearningRates, matrices
@@ -36,6 +37,8 @@ from train.engine.reporting import Reporter
 from train.engine.state import shape_of, size_of, trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
+from train.engine.tracking.chosen import trackings
+from train.engine.tracking.tracker import TrackedRun
 from train.engine.trainer import Intervals, Trainer
 from train.errors import ConfigError, OmniTuneError
 from train.export.base_folder import check_files
@@ -130,7 +133,7 @@ def build(
     evaluator = None
     if eval_set and eval_measured:
         evaluator = make_evaluator(options, accelerator, eval_set, eval_measured, stop)
-    _check_keep_best(options, evaluator)
+    _check_figures(options, evaluator)
     flops = flops_of(options, family, base)
     plan = make_plan(options, flops, train_set, measured)
     ranks, is_main = accelerator.num_processes, accelerator.is_main_process
@@ -179,12 +182,14 @@ def build(
             evaluate_first=options.eval.before_training,
             max_not_finite=options.run.max_not_finite,
             one_batch=options.debug.one_batch,
+            stop_after_no_gain=options.run.stop_after_no_gain,
         ),
         quarantine=quarantine,
         checkpoints=checkpoints,
         evaluator=evaluator,
         predictions=folder.predictions,
         observers=[],
+        gain=Gain(gain_figure(options)),
         peak_flops=_peak_flops(options, accelerator),
         expected_gib=expected_gib,
     )
@@ -199,8 +204,9 @@ def build(
             folder.link_latest()  # only now: a run that is refused leaves the one before
         folder.config.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         write_environment(folder.environment, accelerator, total_steps)
+        since = trainer.position.step if found else -1
         reporter = Reporter(folder.path, options, step=trainer.position.step, total_steps=total_steps)
-        trainer.observers = _observers(options, resolved, folder, trainer, reporter)
+        trainer.observers = _observers(options, resolved, folder, trainer, since, eval_set, reporter)
     _describe(options, accelerator, model, plan, total_steps)
     records = eval_set or train_set
     return Run(options, accelerator, trainer, folder, base, records, stop, reporter, trainer.is_finished)
@@ -230,13 +236,17 @@ def check_family(options: Options, family: Family) -> None:
         raise ConfigError(faults)
 
 
-def _check_keep_best(options: Options, evaluator: Evaluator | None) -> None:
-    wanted = options.checkpoint.keep_best
+def _check_figures(options: Options, evaluator: Evaluator | None) -> None:
+    """Raise ConfigError where an option names a figure that the evaluation does not give."""
     figures = evaluator.figures() if evaluator else []
-    if wanted and wanted not in figures:
-        near = "".join(f" (did you mean {figure}?)" for figure in get_close_matches(wanted, figures, n=1))
-        given = ", ".join(figures)
-        raise ConfigError([f"checkpoint.keep_best: the evaluation gives no figure '{wanted}'{near}; it gives {given}"])
+    wanted = {"checkpoint.keep_best": options.checkpoint.keep_best, "run.gain_figure": options.run.gain_figure}
+    faults = []
+    for option, figure in wanted.items():
+        if figure and figure not in figures:
+            near = "".join(f" (did you mean {close}?)" for close in get_close_matches(figure, figures, n=1))
+            faults.append(f"{option}: the evaluation gives no figure '{figure}'{near}; it gives {', '.join(figures)}")
+    if faults:
+        raise ConfigError(faults)
 
 
 def _make_folder(options: Options, accelerator: Accelerator) -> RunFolder:
@@ -339,21 +349,25 @@ def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, op
 
 
 def _observers(
-    options: Options, resolved: dict[str, Any], folder: RunFolder, trainer: Trainer, reporter: Reporter
+    options: Options,
+    resolved: dict[str, Any],
+    folder: RunFolder,
+    trainer: Trainer,
+    since: int,
+    held_out: RecordSet | None,
+    reporter: Reporter,
 ) -> list[Observer]:
-    step = trainer.position.step
+    """since: the last step of an earlier life that is kept; -1 where the run begins anew."""
     observers: list[Observer] = [
-        MetricsFile(folder.metrics, step),
-        Progress(trainer.intervals.total_steps, step),
+        MetricsFile(folder.metrics, since),
+        Progress(trainer.intervals.total_steps, trainer.position.step),
         reporter,
     ]
     if options.debug.profile_steps:
         observers.append(Profiler(folder.trace, options.debug.profile_steps))
-    if options.tracker.name is Tracker.wandb:
-        from train.engine.tracking import WandbTracker  # wandb takes a second to import
-
-        observers.append(WandbTracker(options.tracker, name=options.run.name, folder=folder.path, config=resolved))
-    return observers
+    record_of = held_out.find if held_out else lambda file, line: None
+    tracked = TrackedRun(options.run.name, folder, options.tracker, resolved, since, record_of)
+    return observers + trackings(tracked)
 
 
 def _peak_flops(options: Options, accelerator: Accelerator) -> float | None:

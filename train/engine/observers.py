@@ -86,10 +86,9 @@ class MetricsFile:
 
     @staticmethod
     def _forget_after(file: Path, step: int) -> None:
-        """Drop the lines of steps that will be run again, and what is no line of ours."""
+        """Drop the lines of steps after `step`, which will be run again, and what is no line of ours."""
         if file.exists():
-            lines = file.read_bytes().split(b"\n") if step else []  # the evaluation before the first step is made again
-            kept = [line for line in lines if _step_of(line) <= step]
+            kept = [line for line in file.read_bytes().split(b"\n") if _step_of(line) <= step]
             aside = file.with_name(f".{file.name}")
             aside.write_bytes(b"".join(line + b"\n" for line in kept))
             aside.replace(file)

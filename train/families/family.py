@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -23,7 +23,7 @@ from train.errors import CheckpointError
 from train.modules.flops import Flops
 from train.modules.packed import PackedModel
 from train.modules.trainable import FROZEN, Rules
-from train.schema import Kind, Processor
+from train.schema import Batch, Kind, Processor
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ class Family:
     """Classes of ours behind transformers' Auto classes, which an export can carry; empty where its own do."""
     conversions: Mapping[str, str] = field(default_factory=dict)
     """Other forms of its models that compute the same, each a `conversion.Conversion`, by the form's name."""
+    stock_logits_function: str = "train.families.stock:causal_logits"
+    """Loads a folder in transformers' own class: (folder) to `stock.Logits`."""
     stated_keys: tuple[str, ...] = ()
     """Keys that a config.json must state, since without them the published code takes other values than ours, and no
     weight's shape would tell; `a.b` is b in a's mapping, `a|b` one of two."""
@@ -144,6 +146,11 @@ class Family:
         them through adapters alone.
         """
         return _resolve(self.flops_function)(model, tuned, adapted)
+
+    def stock_logits(self, folder: Path) -> Callable[[Batch], Tensor]:
+        """The logits (T, V) in fp32 that transformers' own class gives for a batch of one sample."""
+        self.register_auto_classes()
+        return _resolve(self.stock_logits_function)(folder)
 
     def conversion(self, form: str) -> Any:
         """The `conversion.Conversion` to a form."""

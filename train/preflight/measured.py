@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from train.config import Options, Tracker
+from train.config import Options, TrackerOptions
 from train.data.loader import Fetched, StepPlan
 from train.engine.accelerator import close
 from train.engine.build import Planned, Run, build
@@ -67,7 +67,7 @@ def _alone(options: Options, folder: str) -> Options:
     changed = deepcopy(options)
     changed.run.dir, changed.run.resume = str(Path(folder) / "run"), "never"
     changed.data.eval, changed.checkpoint.keep_best = [], ""
-    changed.tracker.name = Tracker.none
+    changed.tracker = TrackerOptions()
     return changed
 
 

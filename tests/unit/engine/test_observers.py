@@ -9,10 +9,10 @@ from train.engine.evaluator import Evaluation
 from train.engine.observers import MetricsFile, StepReport
 
 
-def report(step: int) -> StepReport:
+def report(step: int, loss: float = 2.0) -> StepReport:
     return StepReport(
         step=step,
-        loss=2.0,
+        loss=loss,
         grad_norm=0.5,
         tokens=100,
         supervised_tokens=10,
@@ -68,7 +68,7 @@ def test_resuming_forgets_the_steps_that_are_run_again(tmp_path: Path) -> None:
 def test_starting_anew_forgets_the_evaluation_before_the_first_step_too(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 0, "eval/loss": 1}\n{"step": 1}\n')
-    MetricsFile(file, 0).close(failed=False)
+    MetricsFile(file, -1).close(failed=False)
     assert file.read_text() == ""
 
 

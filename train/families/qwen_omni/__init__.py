@@ -18,6 +18,7 @@ QWEN_OMNI = Family(
         ("thinker.*", "llm"),
     ),
     flops_function="train.families.qwen_omni.flops:qwen_omni_flops",
+    stock_logits_function="train.families.qwen_omni.stock:thinker_logits",
     media={"vision_encoder": "image", "vision_proj": "image", "audio_encoder": "audio", "audio_proj": "audio"},
     lora_targets={
         "llm": LLAMA_LAYERS,
