@@ -200,7 +200,7 @@ def test_a_sweep_names_its_runs_goes_on_after_a_fault_and_ends_in_a_comparison(
     folder = tmp_path / "sweep"
     command = [sys.executable, "train/main.py", "-m", *words(tmp_path), f"run.dir={folder}", "+recipe=lora"]
     done = subprocess.run(
-        [*command, "run.max_steps=1", "eval.every=0", "lora.rank=2,1000000,4"],
+        [*command, "run.max_steps=1", "eval.every=0", "data.workers=0", "lora.rank=2,1000000,4"],
         cwd=ROOT,
         env=clean_environment(),
         capture_output=True,

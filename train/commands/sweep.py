@@ -19,6 +19,8 @@ from train.launcher.failure import STOPPED
 LAUNCHER = "OMNITUNE_LAUNCHER"
 """The variable in which launch.sh says what starts a run on several processes or machines."""
 
+_QUOTES = "'\""
+
 _LONGEST = 120
 """Characters of a folder's name."""
 
@@ -52,9 +54,9 @@ class Sweep:
         words = [word for word in task if not word.startswith("run.dir=")]
         print(f"run {len(self.runs) + 1} of the sweep: {run}", file=sys.stderr, flush=True)
         self.runs.append(run)
-        code = self._launch(
-            [*shlex.split(os.environ.get(LAUNCHER) or sys.executable), script, *words, f"run.dir='{run}'"]
-        )
+        launcher = shlex.split(os.environ.get(LAUNCHER) or sys.executable)
+        quoted = str(run).replace("'", r"\'")
+        code = self._launch([*launcher, script, *words, f"run.dir='{quoted}'"])
         if code:
             self.failed.append(run)
         if self._is_stopped:
@@ -112,5 +114,5 @@ def name_of(task: Iterable[str], swept: Collection[str]) -> str:
     'lora.rank-8_run.seed-1'
     """
     words = [word.lstrip("+").partition("=") for word in task]
-    named = [f"{key}-{value}" for key, _, value in words if key in swept]
+    named = [f"{key}-{value.strip(_QUOTES)}" for key, _, value in words if key in swept]
     return re.sub(r"[^\w.+-]+", "-", "_".join(named))[:_LONGEST].strip("-") or "run"

@@ -14,8 +14,8 @@ from train.report.verdict import State
 
 log = logging.getLogger(__name__)
 
-_MEDIA_S = 3.0
-"""Seconds that one page may spend on reading images and clips; those that it has are kept for the next."""
+_BOUNDS = Bounds(seconds=3.0, processes=1)
+"""Of a page's reading of images and clips; those that it has are kept for the next."""
 
 _SHARE = 0.05
 """Share of the run's time that pages may take, the first and the last aside; a page that would take more waits."""
@@ -48,9 +48,7 @@ class Reporter:
         """Write the page now."""
         began = time.monotonic()
         try:
-            self._media = write_report(
-                self.folder, self.options, state=state, bounds=Bounds(seconds=_MEDIA_S), known=self._media
-            ).media
+            self._media = write_report(self.folder, self.options, state=state, bounds=_BOUNDS, known=self._media).media
         except Exception as error:  # whatever it is: a page is no reason to lose a run
             log.warning(
                 "report.html could not be written (%s); the run goes on, and `omnitune report %s` writes it",

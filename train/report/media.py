@@ -47,11 +47,13 @@ class Shown:
 class Bounds:
     """How much is read.
 
-    characters: of all media together, as text. seconds: after which no further record is begun with.
+    characters: of all media together, as text. seconds: after which no further record is begun with. processes: that
+    read, unless this process reads itself.
     """
 
     characters: int = 7_500_000
     seconds: float = 60.0
+    processes: int = 2
 
 
 @dataclass

@@ -130,7 +130,7 @@ def answer_media(
     specs = {spec.path: _from_there(files, spec) for spec in source_specs(options.data.eval)}
     places = [(one.file, one.line) for one in shown if "<image>" in one.prompt or "<audio>" in one.prompt]
     limit = min(_DECODE_LIMIT_S, options.data.decode_limit_s)
-    workers = Workers(min(options.data.workers, 2), options.data.prefetch, limit)
+    workers = Workers(min(options.data.workers, bounds.processes), options.data.prefetch, limit)
     return read_media(specs, places, known, bounds, workers)
 
 
