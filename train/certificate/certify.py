@@ -12,6 +12,7 @@ from train.certificate.gradients import MICRO_BATCHES, PACKED, gradient_lines
 from train.certificate.lines import Line, failed, skipped, write
 from train.certificate.resumed import FROZEN, RESUMED, resume_lines
 from train.config import Options
+from train.data.record_set import BadNote
 from train.errors import OmniTuneError
 from train.export.checkpoint_reader import complete_checkpoints, read_state
 from train.families.registry import find
@@ -28,6 +29,8 @@ def certify(options: Options, run: RunFolder, vllm_python: Path | None = None) -
     records = open_records(options, options.data.eval or options.data.train, load_processor(options, find(base), base))
     checkpoints = complete_checkpoints(run.checkpoints)
     newest = checkpoints[-1] if checkpoints else None
+    if newest:
+        records.leave_out(BadNote(**note) for note in read_state(newest)["quarantine"])
     with TemporaryDirectory(dir=run.path, prefix=".certify-") as aside:
         folder = Path(aside)
         lines = [

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from train.certificate.lines import Line, compared, failed, skipped
+from train.certificate.records import batches, choose
 from train.config import Options
 from train.data.collate import collate
-from train.data.record_set import BadNote, RecordSet
+from train.data.record_set import RecordSet
+from train.engine.build_data import limits_of
 from train.export.base_folder import REPORT
 from train.export.check import RELATIVE_TOLERANCE, TOLERANCE, verify
 from train.export.checkpoint_reader import complete_checkpoints, read_state, trained_weights
@@ -46,7 +48,7 @@ def export_lines(
     if not (run.export / "config.json").is_file():
         why = f"there is no export yet; `omnitune export {run.path}` makes one"
         return [skipped(name, why) for name in (EXPORT, TRANSFORMERS, VLLM)]
-    few = spread(records, _RECORDS)
+    few = choose(records, limits_of(options), _RECORDS)
     if not few:
         return [
             skipped(name, "none of the records that were looked at can be used")
@@ -57,14 +59,8 @@ def export_lines(
     return [
         _trained_line(options, base, run, records),
         _transformers_line(run.export, family, ours, records, few),
-        _vllm_line(run.export, family, ours, records, few, vllm_python),
+        _vllm_line(run.export, ours, records, few, vllm_python),
     ]
-
-
-def spread(records: RecordSet, count: int) -> list[int]:
-    """Records that can be used, spread evenly."""
-    indices = torch.linspace(0, len(records) - 1, min(len(records), count)).round().int().tolist()
-    return [index for index in indices if not isinstance(records.attempt(index, records.measure_one), BadNote)]
 
 
 def _trained_line(options: Options, base: Path, run: RunFolder, records: RecordSet) -> Line:
@@ -85,31 +81,32 @@ def _trained_line(options: Options, base: Path, run: RunFolder, records: RecordS
 def _transformers_line(export: Path, family: Family, ours: PackedModel, records: RecordSet, few: Sequence[int]) -> Line:
     theirs = family.stock_logits(export)
     largest = difference = 0.0
-    for index in few:
-        batch, _ = records.batch([index])
-        if batch.records:
-            expected, found = ours.logits(batch), theirs(batch)
-            difference = max(difference, float((found - expected).abs().nan_to_num(nan=torch.inf).max()))
-            largest = max(largest, float(expected.abs().max()))
+    for batch in batches(records, [[index] for index in few]):
+        expected, found = ours.logits(batch), theirs(batch)
+        difference = max(difference, float((found - expected).abs().nan_to_num(nan=torch.inf).max()))
+        largest = max(largest, float(expected.abs().max()))
     tolerance = max(TOLERANCE, RELATIVE_TOLERANCE * largest)
     return compared(TRANSFORMERS, difference, tolerance, f"logits of {len(few)} records, one by one, fp32")
 
 
 @torch.no_grad()
-def _vllm_line(
-    export: Path, family: Family, ours: PackedModel, records: RecordSet, few: Sequence[int], python: Path | None
-) -> Line:
+def _vllm_line(export: Path, ours: PackedModel, records: RecordSet, few: Sequence[int], python: Path | None) -> Line:
     if not python and not find_spec("vllm"):
         return skipped(VLLM, "vLLM is not installed here; --vllm-python names an environment that has it")
+    if records.processor.system_prompt is not None:
+        return skipped(VLLM, "data.system_prompt is set, which vLLM's chat template does not know")
     asked = [records.record(index) for index in few]
     with TemporaryDirectory() as folder:
         conversations, answers = Path(folder) / "asked.json", Path(folder) / "answered.json"
         conversations.write_text(json.dumps([_messages(record) for record in asked]), encoding="utf-8")
-        script = Path(sys.modules[PackedModel.__module__].__file__ or "").parents[1] / "inference/vllm_plugin/score.py"
-        command = [str(python or sys.executable), str(script), str(export), str(conversations), str(answers)]
-        root = str(script.parents[3])
+        command = [str(python or sys.executable), "-m", "train.inference.vllm_plugin.score"]
+        command += [str(path.absolute()) for path in (export, conversations, answers)]
+        root = str(Path(__file__).resolve().parents[2])
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S)
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return failed(VLLM, f"vLLM took longer than {_LIMIT_S} s")
         if done.returncode:
             return failed(VLLM, f"vLLM ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
         said = json.loads(answers.read_text(encoding="utf-8"))
@@ -120,7 +117,8 @@ def _vllm_line(
         if theirs["ids"] != batch.input_ids.tolist():
             return failed(VLLM, f"vLLM makes other tokens of {record.file}:{record.line}")
         expected = ours.logits(batch).log_softmax(-1)[:-1].gather(1, batch.input_ids[1:, None]).squeeze(1)
-        difference = max(difference, float((torch.tensor(theirs["log_probabilities"]) - expected).abs().max()))
+        off = (torch.tensor(theirs["log_probabilities"]) - expected).abs().nan_to_num(nan=torch.inf)
+        difference = max(difference, float(off.max()))
     return compared(VLLM, difference, TOLERANCE, f"log-probabilities of the prompts of {len(asked)} records, fp32")
 
 

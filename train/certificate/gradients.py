@@ -7,15 +7,13 @@ share of the weight: that is what the one step over all of them must give.
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from train.certificate.lines import Line, compared, skipped
+from train.certificate.records import batches, choose
 from train.certificate.trials import trial
 from train.config import Options, Precision
-from train.data.plan import Limits
-from train.data.record_set import BadNote, RecordSet
 from train.engine.build import Run
 from train.engine.build_data import limits_of
 from train.engine.engines import Engine, OwnEngine
@@ -23,16 +21,13 @@ from train.engine.step import TrainStep
 from train.export.checkpoint_reader import read_state, saved_state
 from train.families.registry import find
 from train.modules.trainable import Rules, canonical_name, module_of
-from train.schema import KINDS, Batch
+from train.schema import Batch
 
 TOLERANCE = 1e-4
 """How far a module's gradient in fp32 may differ, as a share of its norm, because sums are taken in another order."""
 
 RECORDS = 8
 """Records that are packed at most."""
-
-_LOOKED_AT = 64
-"""Records among which they are chosen, spread evenly."""
 
 PACKED = "packed = one by one"
 MICRO_BATCHES = "two micro-batches = one"
@@ -44,15 +39,15 @@ def gradient_lines(options: Options, base: Path, checkpoint: Path | None, folder
         if checkpoint:
             with saved_state(checkpoint) as saved:
                 run.trainer.trained.load(saved, read_state(checkpoint), updates=0)
-        chosen = choose(run.records, limits_of(options))
+        chosen = choose(run.records, limits_of(options), RECORDS)
         if len(chosen) < 2:
             why = f"{len(chosen)} of the records that were looked at can be used, or fit in a pack together"
             return [skipped(PACKED, why), skipped(MICRO_BATCHES, why)]
         steps = _Steps(run, find(base).rules)
         half = len(chosen) // 2
         return [
-            steps.line(PACKED, [[chosen]], [[one] for one in chosen]),
-            steps.line(MICRO_BATCHES, [[chosen[:half], chosen[half:]]], [chosen[:half], chosen[half:]]),
+            steps.line(PACKED, [chosen], [[one] for one in chosen]),
+            steps.line(MICRO_BATCHES, [chosen[:half], chosen[half:]], [chosen[:half], chosen[half:]]),
         ]
 
 
@@ -62,25 +57,6 @@ def _exact(options: Options) -> None:
     options.run.compile = options.run.liger_loss = False
     if options.lora.modules:
         options.lora.dropout = 0.0
-
-
-def choose(records: RecordSet, limits: Limits) -> list[int]:
-    """Up to RECORDS records, spread evenly, that fit into one pack; those first that bring a medium."""
-    sizes: dict[int, tuple[int, ...]] = {}
-    for index in np.linspace(0, len(records) - 1, min(len(records), _LOOKED_AT)).round().astype(int).tolist():
-        size = records.attempt(index, records.measure_one)
-        if not isinstance(size, BadNote):
-            sizes[index] = size.row()
-    spread = list(sizes)[:: max(1, len(sizes) // RECORDS)]
-    first = [next((index for index, row in sizes.items() if row[1 + kind]), None) for kind in range(len(KINDS))]
-    chosen: list[int] = []
-    total = np.zeros(1 + len(KINDS), dtype=np.int64)
-    for index in dict.fromkeys(index for index in [*first, *spread, *sizes] if index is not None):
-        after = total + sizes[index]
-        if len(chosen) < RECORDS and (after <= limits.row()).all():
-            chosen.append(index)
-            total = after
-    return sorted(chosen)
 
 
 class _Steps:
@@ -94,11 +70,10 @@ class _Steps:
         names = {parameter: canonical_name(name) for name, parameter in self.engine.model.named_parameters()}
         self.modules = [module_of(names[parameter], rules) for parameter in self.engine.inner.masters.parameters]
 
-    def line(self, name: str, together: Sequence[Sequence[list[int]]], apart: Sequence[list[int]]) -> Line:
-        """together: the packs of one step; apart: packs that have a step each."""
-        [packs] = together
+    def line(self, name: str, packs: Sequence[list[int]], apart: Sequence[list[int]]) -> Line:
+        """packs: of one step. apart: the same records in packs that have a step each."""
         apart_loss, apart_gradients = self._apart(apart)
-        loss, gradients = self._take([self._batch(pack) for pack in packs])
+        loss, gradients = self._take(batches(self.records, packs))
         of_loss = abs(loss - apart_loss) / abs(apart_loss)
         worst, of_module = max(
             (figure, module) for module, figure in self._differences(gradients, apart_gradients).items()
@@ -109,10 +84,10 @@ class _Steps:
 
     def _apart(self, packs: Sequence[list[int]]) -> tuple[float, list[Tensor]]:
         """Loss and gradient of steps of a pack each, each by its share of the weight."""
-        batches = [self._batch(pack) for pack in packs]
-        weights = [self.step.objective.weight(batch) for batch in batches]
+        decoded = batches(self.records, packs)
+        weights = [self.step.objective.weight(batch) for batch in decoded]
         total, loss, sums = sum(weights), 0.0, list[Tensor]()
-        for batch, weight in zip(batches, weights, strict=True):
+        for batch, weight in zip(decoded, weights, strict=True):
             of_batch, gradients = self._take([batch])
             loss += of_batch * weight / total
             sums = sums or [torch.zeros_like(gradient) for gradient in gradients]
@@ -120,14 +95,10 @@ class _Steps:
                 held.add_(gradient, alpha=weight / total)
         return loss, sums
 
-    def _take(self, batches: list[Batch]) -> tuple[float, list[Tensor]]:
+    def _take(self, packs: list[Batch]) -> tuple[float, list[Tensor]]:
         """Loss and gradient of a step; the weights stay as they are."""
-        result = self.step(0, batches)
+        result = self.step(0, packs)
         return result.loss, self.engine.gradients
-
-    def _batch(self, pack: list[int]) -> Batch:
-        batch, _ = self.records.batch(pack)
-        return batch
 
     def _differences(self, found: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
         """Of each module's gradient, as a share of its norm; what has no gradient on either side differs by 0."""

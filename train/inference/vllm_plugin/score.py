@@ -1,6 +1,6 @@
 """What vLLM makes of conversations, for `omnitune certify`: run by the Python of an environment with vLLM.
 
-    score.py MODEL CONVERSATIONS.json ANSWERS.json
+    python -m train.inference.vllm_plugin.score MODEL CONVERSATIONS.json ANSWERS.json
 
 CONVERSATIONS.json lists conversations of OpenAI messages. For each, ANSWERS.json has the prompt's token ids, and the
 log-probabilities of all of them but the first, in fp32.
