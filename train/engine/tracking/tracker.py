@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,28 +79,35 @@ class Tracking:
     def __init__(self, name: str, start: Callable[[], Tracker]):
         self.name = name
         self._tracker: Tracker | None = None
-        self._try(lambda: setattr(self, "_tracker", start()))
+        with self._guarded():
+            self._tracker = start()
 
     def on_step(self, report: StepReport) -> None:
         """Log the step."""
         figures = report.to_dict()
         step = int(figures.pop("step"))
-        self._try(lambda: self._tracker and self._tracker.log(step, figures))
+        self._tell(lambda tracker: tracker.log(step, figures))
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Log the evaluation with its step, and its answers."""
         answers = list(map(asdict, evaluation.predictions))
-        self._try(lambda: self._tracker and self._tracker.log(step, evaluation.values))
+        self._tell(lambda tracker: tracker.log(step, evaluation.values))
         if answers:
-            self._try(lambda: self._tracker and self._tracker.log_answers(step, answers))
+            self._tell(lambda tracker: tracker.log_answers(step, answers))
 
     def close(self, *, failed: bool) -> None:
         """Finish the run."""
-        self._try(lambda: self._tracker and self._tracker.close(failed=failed))
+        self._tell(lambda tracker: tracker.close(failed=failed))
 
-    def _try(self, what: Callable[[], object]) -> None:
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        if self._tracker:
+            with self._guarded():
+                what(self._tracker)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
         try:
-            what()
+            yield
         except Exception as error:  # whatever it is: a tracker is no reason to lose a run
             self._tracker = None
             log.warning("%s failed (%s); the run goes on untracked, metrics.jsonl has everything", self.name, error)
