@@ -14,15 +14,17 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's words."""
     parser.add_argument("run", type=Path, help="folder of a run: finished, running or killed")
+    parser.add_argument("--out", type=Path, help="the page's file; default: report.html in the run's folder")
 
 
 def run(chosen: argparse.Namespace) -> None:
-    """Write report.html into the run's folder."""
+    """Write the page."""
     from train.report.report import write_report
     from train.run_folder import RunFolder
 
-    write_report(chosen.run, options_in(chosen.run))
-    print(f"open {RunFolder(chosen.run).report.absolute().as_uri()}")
+    out = chosen.out or RunFolder(chosen.run).report
+    write_report(chosen.run, options_in(chosen.run), out=out)
+    print(f"open {out.absolute().as_uri()}")
 
 
 def options_in(path: Path) -> "Options | None":

@@ -49,13 +49,15 @@ def write_report(
     path: Path,
     options: Options | None,
     *,
+    out: Path | None = None,
     state: State | None = None,
     bounds: Bounds = Bounds(),  # noqa: B008  (frozen)
     known: Mapping[Place, list[Shown]] | None = None,
 ) -> Written:
-    """Write report.html into a run's folder, from what stands there.
+    """Write the page of a run, from what stands in its folder.
 
     options: None where they cannot be read; then the page shows no media and no options.
+    out: the page's file; None = report.html in the run's folder.
     state: None = what a look at the folder tells.
     known: media that an earlier call gave back.
 
@@ -96,7 +98,7 @@ def write_report(
         certificate=files.certificate,
         short=short,
     )
-    write_page(files.folder.report, page)
+    write_page(out or files.folder.report, page)
     return Written(media)
 
 

@@ -95,6 +95,15 @@ def test_a_folder_without_anything_but_options_has_a_page(tmp_path: Path) -> Non
     assert "The run was killed or stopped after step 0" in (run / "report.html").read_text()
 
 
+def test_a_page_may_stand_elsewhere(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [])
+    main(["report", str(run), "--out", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").is_file()
+    assert not (run / "report.html").exists()
+    with pytest.raises(SystemExit, match=r"page.html' cannot be written .*; name another file"):
+        main(["report", str(run), "--out", str(tmp_path / "none" / "page.html")])
+
+
 @pytest.mark.parametrize("letter", ["x", "样", "<"])
 def test_a_page_of_long_answers_is_bounded(letter: str, tmp_path: Path) -> None:
     pairs = [(letter * 5000, f"{n}{letter * 5000}") for n in range(3000)]
