@@ -79,7 +79,7 @@ class VisionTower(Tower, Qwen2_5OmniVisionEncoder):  # type: ignore[misc]  # `fo
         at = get_vision_position_ids(grids, merge)[order].to(device, non_blocking=True)
         windows = Segments.of_cu_seqlens(window_ends, device)
         pictures = Segments.of(sizes.prod(dim=1).tolist(), device)
-        hidden = self.patch_embed(normalised(values, self.config.temporal_patch_size))[
+        hidden = self.patch_embed(normalised(values, int(self.patch_embed.temporal_patch_size)))[
             order.to(device, non_blocking=True)
         ]
         turned = self.rotary_pos_emb(hidden, at)
