@@ -108,7 +108,8 @@ def _vllm_line(export: Path, ours: PackedModel, records: RecordSet, few: Sequenc
         except subprocess.TimeoutExpired:
             return failed(VLLM, f"vLLM took longer than {_LIMIT_S} s")
         if done.returncode:
-            return failed(VLLM, f"vLLM ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
+            told = " ".join(done.stderr.split())[-300:]
+            return failed(VLLM, f"vLLM ended with code {done.returncode}: {told}")
         said = json.loads(answers.read_text(encoding="utf-8"))
     difference = 0.0
     for record, theirs in zip(asked, said, strict=True):

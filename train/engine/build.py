@@ -365,9 +365,9 @@ def _observers(
     ]
     if options.debug.profile_steps:
         observers.append(Profiler(folder.trace, options.debug.profile_steps))
-    record_of = held_out.find if held_out else lambda file, line: None
-    tracked = TrackedRun(options.run.name, folder, options.tracker, resolved, since, record_of)
-    return observers + trackings(tracked)
+    find = held_out.find if held_out is not None else None
+    tracked = TrackedRun(options.run.name, folder, options.tracker, resolved, since, find)
+    return [*observers, *trackings(tracked)]
 
 
 def _peak_flops(options: Options, accelerator: Accelerator) -> float | None:

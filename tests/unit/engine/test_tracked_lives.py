@@ -104,6 +104,7 @@ def in_mlflow(folder: Path) -> tuple[Any, dict[str, list[tuple[int, float]]]]:
 
 def wandb_records(folder: Path) -> list[Any]:
     """The records of every folder that `wandb sync wandb/offline-run-*` uploads: a LevelDB log after 7 bytes."""
+    wandb.teardown()  # W&B's process may still be writing, and ends with this
     found = []
     for file in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
         data, at, whole = file.read_bytes(), 7, b""

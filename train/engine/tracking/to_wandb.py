@@ -61,9 +61,10 @@ class WandbTracker:
             return
         chosen = np.linspace(0, len(answers) - 1, min(len(answers), _ROWS)).round().astype(int).tolist()
         texts = ["type", "prompt", "reference", "answer"]
+        find = self._tracked.record_of
         table = self._wandb.Table(columns=["record", *texts, *KINDS])
         for answer in (answers[index] for index in chosen):
-            record = self._tracked.record_of(answer["file"], answer["line"])
+            record = find(answer["file"], answer["line"]) if find else None
             media = [self._medium(kind, record) for kind in KINDS]
             place = f"{Path(answer['file']).name}:{answer['line']}"
             table.add_data(place, *(answer[name] for name in texts), *media)
@@ -75,16 +76,12 @@ class WandbTracker:
 
     def _medium(self, kind: Kind, record: Record | None) -> Any:
         """The first image or clip of a record, for W&B; None where it has none, or W&B cannot show it."""
-        if record is None:
-            return None
-        source = next(_media_of(kind, record), None)
-        if source is None:
-            return None
-        try:
-            return self._shown(kind, source)
-        except Exception as error:  # a table without a picture is better than none
-            log.warning("W&B cannot show a medium of %s:%d (%s)", record.file, record.line, error)
-            return None
+        for source in _media_of(kind, record) if record else ():
+            try:
+                return self._shown(kind, source)
+            except Exception as error:  # a table without a picture is better than none
+                log.warning("W&B cannot show the %s of a held-out record (%s)", kind, error)
+        return None
 
     def _shown(self, kind: Kind, source: MediaSource) -> Any:
         if kind == "image":

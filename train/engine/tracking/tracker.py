@@ -4,7 +4,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ class TrackedRun:
     config: the options as plain values.
     since: the last step of an earlier life of this run that is kept; -1 where it begins anew. metrics.jsonl then holds
     the lines up to there, and no others.
-    record_of: the held-out record of a file and a line; None where there is none.
+    record_of: the held-out record of a file and a line, None where there is none; None where no records are held out.
     """
 
     name: str
@@ -37,7 +36,7 @@ class TrackedRun:
     options: TrackerOptions
     config: Mapping[str, Any]
     since: int = -1
-    record_of: Callable[[str, int], Record | None] = lambda file, line: None
+    record_of: Callable[[str, int], Record | None] | None = None
 
     def history(self) -> Iterator[tuple[int, dict[str, float]]]:
         """(step, figures) of each line of metrics.jsonl."""
@@ -79,38 +78,39 @@ class Tracking:
     def __init__(self, name: str, start: Callable[[], Tracker]):
         self.name = name
         self._tracker: Tracker | None = None
-        with self._guarded():
+        try:
             self._tracker = start()
+        except Exception as error:
+            self._give_up(error)
 
     def on_step(self, report: StepReport) -> None:
         """Log the step."""
         figures = report.to_dict()
         step = int(figures.pop("step"))
-        self._tell(lambda tracker: tracker.log(step, figures))
+        self._try(lambda tracker: tracker.log(step, figures))
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Log the evaluation with its step, and its answers."""
         answers = list(map(asdict, evaluation.predictions))
-        self._tell(lambda tracker: tracker.log(step, evaluation.values))
+        self._try(lambda tracker: tracker.log(step, evaluation.values))
         if answers:
-            self._tell(lambda tracker: tracker.log_answers(step, answers))
+            self._try(lambda tracker: tracker.log_answers(step, answers))
 
     def close(self, *, failed: bool) -> None:
         """Finish the run."""
-        self._tell(lambda tracker: tracker.close(failed=failed))
+        self._try(lambda tracker: tracker.close(failed=failed))
 
-    def _tell(self, what: Callable[[Tracker], None]) -> None:
-        if self._tracker:
-            with self._guarded():
-                what(self._tracker)
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _try(self, what: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            return
         try:
-            yield
+            what(self._tracker)
         except Exception as error:  # whatever it is: a tracker is no reason to lose a run
-            self._tracker = None
-            log.warning("%s failed (%s); the run goes on untracked, metrics.jsonl has everything", self.name, error)
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._tracker = None
+        log.warning("%s failed (%s); the run goes on untracked, metrics.jsonl has everything", self.name, error)
 
 
 def kept_id(file: Path) -> str | None:

@@ -79,9 +79,8 @@ class VisionTower(Tower, Qwen2_5OmniVisionEncoder):  # type: ignore[misc]  # `fo
         at = get_vision_position_ids(grids, merge)[order].to(device, non_blocking=True)
         windows = Segments.of_cu_seqlens(window_ends, device)
         pictures = Segments.of(sizes.prod(dim=1).tolist(), device)
-        hidden = self.patch_embed(normalised(values, cast(int, self.config.temporal_patch_size)))[
-            order.to(device, non_blocking=True)
-        ]
+        pixels = normalised(values, cast(int, self.config.temporal_patch_size))
+        hidden = self.patch_embed(pixels)[order.to(device, non_blocking=True)]
         turned = self.rotary_pos_emb(hidden, at)
         for number, block in enumerate(self.blocks):
             segments = pictures if number in self.fullatt_block_indexes else windows

@@ -91,7 +91,7 @@ def test_greedy_answers_are_those_of_transformers(model, stock, processor) -> No
     answers = model.generate(packed(prompts), **options)
     for prompt, answer in zip(prompts, answers, strict=True):
         ends = model.generation_config.eos_token_id
-        whole = stock.generate(**stock_inputs(prompt, model), eos_token_id=ends, **options)[0, len(prompt.input_ids) :]
+        whole = stock.generate(**stock_inputs(prompt), eos_token_id=ends, **options)[0, len(prompt.input_ids) :]
         expected = [token for token in whole.tolist() if token not in ends]
         assert answer.tolist() == expected
         assert expected
