@@ -25,6 +25,7 @@ class TooLong(StrEnum):
 class LongAudio(StrEnum):
     quarantine = "quarantine"
     cut = "cut"
+    split = "split"
 
 
 class Precision(StrEnum):
@@ -107,7 +108,8 @@ class DataOptions:
     too_long: TooLong = TooLong.quarantine
     """What becomes of a record over `max_tokens`: set aside, or its text shortened from the end."""
     long_audio: LongAudio = LongAudio.quarantine
-    """What becomes of a recording over 30 s: its record set aside, or the recording cut at 30 s."""
+    """What becomes of a recording over 30 s: its record set aside, the recording cut at 30 s, or split into windows of
+    at most 30 s that the model hears one after the other, as far as `max_tokens` reaches (4096 hold about 160 s)."""
     system_prompt: str | None = None
     """System turn put before records that have none; null = the model family's own; "" = none."""
     max_bad_fraction: float = 0.05

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,8 +30,41 @@ KINDS: tuple[Kind, ...] = ("image", "audio")
 TooLong = Literal["quarantine", "cut_text"]
 """What becomes of a record that is too long: set aside, or its text shortened from the end."""
 
-MediaSource = str | bytes
+MediaFile = str | bytes
 """A picture or recording: the path of a file, or the encoded file itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of a recording, in seconds from the recording's start."""
+
+    file: MediaFile
+    start_s: float = 0.0
+    end_s: float | None = None
+    """None: the recording's end"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """A stretch of a recording that is too long for its tower as a whole, in samples at 16 kHz."""
+
+    source: MediaFile | Span
+    begin: int
+    end: int
+    total: int
+    """samples of the whole recording"""
+    clip: np.ndarray | None = None
+    """float32 (end - begin,): its samples; None where only headers were read, and `begin` and `end` are provisional"""
+
+
+MediaSource = MediaFile | Span | Window
+
+
+def file_of(source: MediaSource) -> MediaFile:
+    """The file that an image or a recording comes from."""
+    while not isinstance(source, MediaFile):
+        source = source.source if isinstance(source, Window) else source.file
+    return source
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +242,7 @@ class Processor(Protocol):
     system_prompt: str | None
     """Put first where a conversation has no system turn; None takes the family's, "" none."""
     long_audio: str
-    """What becomes of a clip that is longer than the model takes: `quarantine` or `cut`."""
+    """What becomes of a clip that is longer than the model takes: `quarantine`, `cut` or `split`."""
 
     @property
     def roles(self) -> Collection[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from train.data.audio import SAMPLE_RATE
 from train.data.chat_template import ChatTemplate, Segment, TextEncoder
 from train.data.prompting import PromptMixin
 from train.errors import BadRecord, CheckpointError
@@ -27,6 +28,8 @@ from train.schema import (
     Sample,
     Slice,
     TooLong,
+    Turn,
+    Window,
 )
 
 
@@ -57,11 +60,20 @@ class Tokens:
 
     def cut(self, limit: int) -> None:
         """Drop the tokens from `limit` on, and a medium as a whole where that falls inside it."""
-        for medium in self.media:
-            if medium.begin < limit < medium.end:
-                limit = medium.begin
+        for begin, end in self._wholes():
+            if begin < limit < end:
+                limit = begin
         del self.ids[limit:], self.weights[limit:]
         self.media = [medium for medium in self.media if medium.end <= limit]
+
+    def _wholes(self) -> Iterator[tuple[int, int]]:
+        """Where each image and recording begins and ends; the windows of a recording are one."""
+        begin: int | None = None
+        for medium in self.media:
+            begin = medium.begin if begin is None else begin
+            if not isinstance(medium.source, Window) or medium.source.end == medium.source.total:
+                yield begin, medium.end
+                begin = None
 
     def of(self, kind: Kind) -> list[Medium]:
         """The media of a kind, in order."""
@@ -72,7 +84,7 @@ class RecordProcessor(PromptMixin):
     """Lays records out as tokens by a chat template; a model of text alone takes no media.
 
     A processor of media overrides `_lay_out_medium`, `_units` and `_decoded`, and what it can tell of `_slices` and
-    `_seconds`; one of several rows of positions `_positions`.
+    `_seconds`; one that splits long recordings `_split`; one of several rows of positions `_positions`.
     """
 
     template: ChatTemplate
@@ -104,9 +116,9 @@ class RecordProcessor(PromptMixin):
         return Lengths(len(tokens.ids), {kind: sum(map(self._units, media)) for kind, media in _by_kind(tokens)})
 
     def outline(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Outline:
-        """The tokens and the places of media that `encode` will give, from headers alone."""
+        """The tokens and the places of media that `encode` will give: from headers, and the sound of what is split."""
         with _located(record):
-            tokens = self._lay_out(record, False, max_tokens, too_long)
+            tokens = self._lay_out(record, False, max_tokens, too_long, decode=True)
         media = [
             Placed(
                 medium.kind,
@@ -140,7 +152,7 @@ class RecordProcessor(PromptMixin):
             BadRecord: with the record's place, if it is too long, or a medium cannot be used.
         """
         with _located(record):
-            tokens = self._lay_out(record, generation_prompt, max_tokens, too_long)
+            tokens = self._lay_out(record, generation_prompt, max_tokens, too_long, decode=True)
             media = {kind: self._media(held) for kind, held in _by_kind(tokens)}
         input_ids = torch.tensor(tokens.ids)
         loss_weights = torch.tensor(tokens.weights)
@@ -163,11 +175,20 @@ class RecordProcessor(PromptMixin):
         answer = _last_answer(record)
         return "" if answer is None else "".join(str(part.content) for part in record.turns[answer].parts)
 
-    def _lay_out(self, record: Record, generation_prompt: bool, max_tokens: int | None, too_long: TooLong) -> Tokens:
+    def _lay_out(
+        self,
+        record: Record,
+        generation_prompt: bool,
+        max_tokens: int | None,
+        too_long: TooLong,
+        *,
+        decode: bool = False,
+    ) -> Tokens:
+        """The record as tokens; decode: whether recordings that are split are decoded, so that their cuts are right."""
         tokens = Tokens()
         tokens.extend(self._begin)
         for segment in self.template.render(
-            record.turns, system_prompt=self.system_prompt, generation_prompt=generation_prompt
+            self._split(record.turns, decode), system_prompt=self.system_prompt, generation_prompt=generation_prompt
         ):
             if segment.kind == "text":
                 tokens.extend(self._encoder.text(str(segment.content)), segment.weight)
@@ -180,13 +201,17 @@ class RecordProcessor(PromptMixin):
             return tokens
         if too_long == "quarantine" or generation_prompt:
             raise BadRecord(
-                f"it has {length} tokens, more than {max_tokens}; shorten it, raise data.max_tokens, "
-                "or set data.too_long=cut_text"
+                f"it has {length} tokens, more than {max_tokens}{_told_windows(tokens)}; shorten it, "
+                "raise data.max_tokens, or set data.too_long=cut_text"
             )
         tokens.cut(max_tokens)
         if not any(tokens.weights):
             raise BadRecord(f"of its {length} tokens the first {max_tokens} hold nothing that is learned; shorten it")
         return tokens
+
+    def _split(self, turns: tuple[Turn, ...], decode: bool) -> tuple[Turn, ...]:
+        """The turns with the windows of each recording that is split in its place; decode: as in `_lay_out`."""
+        return turns
 
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         """Add a picture's or clip's places."""
@@ -232,6 +257,16 @@ def load_tokenizer(folder: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
 
 def _by_kind(tokens: Tokens) -> list[tuple[Kind, list[Medium]]]:
     return [(kind, media) for kind in KINDS if (media := tokens.of(kind))]
+
+
+def _told_windows(tokens: Tokens) -> str:
+    """How much of a record that is too long its split recordings are; nothing where there are none."""
+    held = [medium for medium in tokens.media if isinstance(medium.source, Window)]
+    if not held:
+        return ""
+    seconds = sum(medium.source.end - medium.source.begin for medium in held) / SAMPLE_RATE
+    places = sum(len(medium.places) for medium in held)
+    return f" ({places} of them are {seconds:.1f} s of audio in {len(held)} windows)"
 
 
 def _last_answer(record: Record) -> int | None:

@@ -17,7 +17,7 @@ from train.data.lengths import LengthCache, holds, stamps_of
 from train.data.record_set import BadNote, RecordSet, Watching
 from train.data.workers import Results
 from train.preflight.shown import tally_of
-from train.schema import Part, Record
+from train.schema import Part, Record, Span, file_of
 
 _PART = 128
 """Records that are kept together: a second's work, after which a killed look goes on."""
@@ -134,11 +134,12 @@ def _digest(record: Record) -> str:
 
 
 def _content_digest(part: Part) -> bytes:
-    if isinstance(part.content, str) and part.kind != "text":
-        with Path(part.content).open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
-    content = part.content if isinstance(part.content, bytes) else part.content.encode()
-    return hashlib.blake2b(content).digest()
+    content = file_of(part.content)
+    span = f"{part.content.start_s} {part.content.end_s}".encode() if isinstance(part.content, Span) else b""
+    if isinstance(content, str) and part.kind != "text":
+        with Path(content).open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest() + span
+    return hashlib.blake2b(content if isinstance(content, bytes) else content.encode()).digest() + span
 
 
 def _facts(row: Any) -> Facts:
