@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
@@ -235,6 +236,25 @@ class Batch:
         return Batch(**changed)
 
 
+class Changes(Protocol):
+    """Random changes of a record's media in training. They are drawn in the order in which media are decoded."""
+
+    speed: float
+    """of all its clips; it changes their lengths"""
+
+    def sound(self, clip: np.ndarray, samples: int) -> np.ndarray:
+        """A clip at 16 kHz as it is heard: float32 (samples,), its length at that speed."""
+        ...
+
+    def mel(self, mel: Tensor) -> Tensor:
+        """The log-mel frames of a clip, (frames, bins)."""
+        ...
+
+    def picture(self, picture: "Image") -> "Image":
+        """An RGB image of the same size."""
+        ...
+
+
 class Processor(Protocol):
     """A model folder's way from records to samples: tokenizer, chat template, and media if its model takes any."""
 
@@ -249,16 +269,32 @@ class Processor(Protocol):
         """The roles that a conversation may have."""
         ...
 
-    def measure(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Lengths:
-        """The lengths that `encode` will give, from headers alone; BadRecord where it would fail for its length."""
+    def measure(
+        self,
+        record: Record,
+        *,
+        max_tokens: int | None = None,
+        too_long: TooLong = "quarantine",
+        speed: float = 1.0,
+    ) -> Lengths:
+        """The lengths that `encode` will give with clips at that speed, from headers alone; BadRecord where it would
+        fail for its length.
+        """
         ...
 
     def outline(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Outline:
         """The tokens and the places of media that `encode` will give, from headers alone; BadRecord as in `measure`."""
         ...
 
-    def encode(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Sample:
-        """The record with its media decoded; BadRecord if it is too long, or a medium cannot be used."""
+    def encode(
+        self,
+        record: Record,
+        *,
+        max_tokens: int | None = None,
+        too_long: TooLong = "quarantine",
+        changes: Changes | None = None,
+    ) -> Sample:
+        """The record with its media decoded, and changed; BadRecord if it is too long, or a medium cannot be used."""
         ...
 
     def prompt(self, record: Record, *, max_tokens: int | None = None) -> Sample:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from io import FileIO
-from math import ceil
+from math import ceil, gcd
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,27 @@ _AV_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,aac,matroska,webm,asf,amr,mp3,wav,ogg,fla
 def clip_samples(seconds: float) -> int:
     """Samples at 16 kHz of a recording of that duration, rounded up."""
     return ceil(round(seconds * SAMPLE_RATE, 3))
+
+
+def speed_ratio(speed: float) -> tuple[int, int]:
+    """From which to which sampling rate a clip is resampled to run at that speed, in lowest terms.
+
+    >>> speed_ratio(0.9)
+    (9, 10)
+    """
+    rate = round(speed * SAMPLE_RATE)
+    shared = gcd(rate, SAMPLE_RATE)
+    return rate // shared, SAMPLE_RATE // shared
+
+
+def samples_at(speed: float, samples: int) -> int:
+    """Samples that a clip of so many has at that speed.
+
+    >>> samples_at(0.9, 16_000)
+    17778
+    """
+    rate, own = speed_ratio(speed)
+    return -(-samples * own // rate)
 
 
 @dataclass(frozen=True, slots=True)

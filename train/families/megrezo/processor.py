@@ -15,7 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from train.data.audio import SAMPLE_RATE, clip_length, load_fitted, log_mel, name_of
+from train.data.audio import SAMPLE_RATE, log_mel, name_of
 from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
 from train.data.images import load_picture, picture_size, to_rgb
@@ -25,7 +25,7 @@ from train.families.megrezo.geometry import HOP, PictureLayout, audio_places, me
 from train.families.megrezo.slices import SliceSettings, slices_of
 from train.families.megrezo.template import CHAT_TEMPLATE_JINJA, MEGREZ_TEMPLATE
 from train.model_settings import count_faults, fixed_faults, kind_faults, refuse
-from train.schema import Part, Slice, Turn, Window
+from train.schema import Changes, Part, Slice, Turn, Window, file_of
 
 LongAudio = Literal["quarantine", "cut", "split"]
 
@@ -246,23 +246,25 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
             raise BadRecord(f"{name} of {samples} samples is too short to be heard; remove it")
         return samples
 
-    def _split(self, turns: tuple[Turn, ...], decode: bool) -> tuple[Turn, ...]:
+    def _split(self, turns: tuple[Turn, ...], speed: float, decode: bool, changes: Changes | None) -> tuple[Turn, ...]:
         if self.long_audio != "split":
             return turns
-        return tuple(
-            replace(turn, parts=tuple(piece for part in turn.parts for piece in self._in_windows(part, decode)))
-            for turn in turns
-        )
 
-    def _in_windows(self, part: Part, decode: bool) -> Iterable[Part]:
+        def in_windows(turn: Turn) -> Turn:
+            pieces = [piece for part in turn.parts for piece in self._in_windows(part, speed, decode, changes)]
+            return replace(turn, parts=tuple(pieces))
+
+        return tuple(map(in_windows, turns))
+
+    def _in_windows(self, part: Part, speed: float, decode: bool, changes: Changes | None) -> Iterable[Part]:
         """A part of a turn, or the windows of a recording that is split."""
         if part.kind != "audio":
             return (part,)
-        source, total = part.content, clip_length(part.content)
+        source, total = part.content, self._heard_length(part.content, speed)
         if isinstance(source, Window) or total <= self.feature_extractor.n_samples:
             return (part,)
         self.usable_samples(total, f"audio {name_of(source)}")
-        clip = load_fitted(source, total) if decode else None
+        clip = self._heard(source, total, changes) if decode else None
         return [
             Part("audio", Window(source, begin, end, total, None if clip is None else clip[begin:end]))
             for begin, end in pairwise(self.window_cuts(total, clip))
@@ -271,11 +273,11 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         source, begin = segment.content, len(tokens.ids)
         if segment.kind == "image":
-            layout = self.image_processor.slice_settings.layout(*picture_size(source))
+            layout = self.image_processor.slice_settings.layout(*picture_size(file_of(source)))
             places = self._extend(tokens, self.picture_tokens(layout, len(tokens.of("image"))))
             tokens.media.append(Medium("image", source, layout, begin, len(tokens.ids), places))
         else:
-            samples = self.usable_samples(clip_length(source), f"audio {name_of(source)}")
+            samples = self.usable_samples(self._heard_length(source, tokens.speed), f"audio {name_of(source)}")
             places = self._extend(tokens, self.clip_tokens(samples))
             tokens.media.append(Medium("audio", source, samples, begin, len(tokens.ids), places))
 
@@ -314,14 +316,15 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
     def _seconds(self, medium: Medium) -> float | None:
         return medium.size / SAMPLE_RATE if medium.kind == "audio" else None
 
-    def _decoded(self, medium: Medium) -> tuple[Tensor, Tensor]:
+    def _decoded(self, medium: Medium, changes: Changes | None) -> tuple[Tensor, Tensor]:
         """Of a picture uint8 (P, 3·patch²) and (S, 2); of a clip float32 (F, B) and (1,)."""
         if medium.kind == "image":
-            return slices_of(load_picture(medium.source), self.image_processor.slice_settings)
+            picture = load_picture(file_of(medium.source))
+            return slices_of(changes.picture(picture) if changes else picture, self.image_processor.slice_settings)
         samples, extractor = medium.size, self.feature_extractor
-        decoded = load_fitted(medium.source, samples, is_cut=samples == extractor.n_samples)
+        decoded = self._heard(medium.source, samples, changes, is_cut=samples == extractor.n_samples)
         mel = log_mel(decoded, extractor, mel_frames(samples))
-        return mel, torch.tensor([len(mel)])
+        return changes.mel(mel) if changes else mel, torch.tensor([len(mel)])
 
 
 def _check_settings_match(folder: str | Path, pictures: dict[str, Any], model: dict[str, Any]) -> None:
