@@ -112,7 +112,7 @@ class Changes:
 
     def _echo(self, clip: Tensor) -> Tensor:
         response = self._response()
-        made = _torchaudio().functional.fftconvolve(clip, response)[:, : clip.shape[1]]
+        made = _convolved(clip, response)[:, : clip.shape[1]]
         return made * (clip.norm() / made.norm().clamp(min=1e-9))
 
     def _response(self) -> Tensor:
@@ -121,10 +121,11 @@ class Changes:
             recorded = _recording("data.augment.echo_folder", self._one_of(self.settings.echo_folder))
             return torch.from_numpy(recorded[np.abs(recorded).argmax() :].copy())[None]
         seconds = self._rng.uniform(*self.settings.echo_s)
-        at = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-        tail = self._rng.standard_normal(len(at)) * 10 ** (-3 * at / seconds)  # 60 dB in that time
-        tail[0] = np.sqrt(np.square(tail).sum()) * 10 ** (self._rng.uniform(*_DIRECT_DB) / 20)
-        return torch.from_numpy(tail.astype(np.float32))[None]
+        at = np.arange(round(seconds * SAMPLE_RATE), dtype=np.float32)
+        tail = self._rng.standard_normal(len(at), dtype=np.float32)
+        tail *= np.exp(at * np.float32(-3 * np.log(10) / (seconds * SAMPLE_RATE)))  # 60 dB in that time
+        tail[0] = np.linalg.norm(tail) * 10 ** (self._rng.uniform(*_DIRECT_DB) / 20)
+        return torch.from_numpy(tail)[None]
 
     def _noise(self, clip: Tensor) -> Tensor:
         ratio = self._rng.uniform(*self.settings.noise_db)
@@ -137,9 +138,10 @@ class Changes:
 
     def _coloured_noise(self, samples: int) -> np.ndarray:
         """Noise whose power falls with the frequency: not at all (white) to with its square (brown)."""
-        spectrum = np.fft.rfft(self._rng.standard_normal(samples))
-        frequencies = np.arange(1, len(spectrum) + 1)
-        return np.fft.irfft(spectrum * frequencies ** -self._rng.uniform(0, 1), samples).astype(np.float32)
+        length = _fast_length(samples)
+        spectrum = self._rng.standard_normal((length // 2 + 1, 2), dtype=np.float32)
+        spectrum *= np.arange(1, len(spectrum) + 1, dtype=np.float32)[:, None] ** np.float32(-self._rng.uniform(0, 1))
+        return torch.fft.irfft(torch.view_as_complex(torch.from_numpy(spectrum)), length)[:samples].numpy()
 
     def _recorded_noise(self, folder: str, samples: int) -> np.ndarray:
         """A stretch of a recording, or all of a short one again and again."""
@@ -156,7 +158,7 @@ class Changes:
         """300 to 3,400 Hz, and 8 bits on the µ-law's scale, at 8,000 samples a second."""
         functional = _torchaudio().functional
         narrow = functional.resample(clip, SAMPLE_RATE, _TELEPHONE_RATE)
-        narrow = functional.fftconvolve(narrow, _band_pass()[None], mode="same")
+        narrow = _convolved(narrow, _band_pass()[None])[:, _TAPS // 2 :][:, : narrow.shape[1]]
         peak = narrow.abs().max().clamp(min=1e-9)
         narrow = functional.mu_law_decoding(functional.mu_law_encoding(narrow / peak, 256), 256) * peak
         return functional.resample(narrow, _TELEPHONE_RATE, SAMPLE_RATE)[:, : clip.shape[1]]
@@ -169,14 +171,7 @@ class Changes:
         settings = self.settings
         if not (settings.freq_mask or settings.time_mask):
             return mel
-        masked = _torchaudio().transforms.SpecAugment(
-            n_time_masks=settings.masks if settings.time_mask else 0,
-            time_mask_param=settings.time_mask,
-            n_freq_masks=settings.masks if settings.freq_mask else 0,
-            freq_mask_param=settings.freq_mask,
-            iid_masks=False,
-            p=_LONGEST_MASK,
-        )
+        masked = _masks(settings.masks, settings.time_mask, settings.freq_mask)
         with _one_thread(), torch.random.fork_rng(devices=[]):  # torchaudio draws from torch's own generator
             torch.manual_seed(int(self._rng.integers(2**62)))
             return masked(mel.T).T.contiguous()
@@ -208,6 +203,31 @@ def _torchaudio() -> Any:
             "which ./launch.sh installs, and docs/data.md#torchaudio says how to by hand"
         ) from None
     return torchaudio
+
+
+@lru_cache
+def _masks(count: int, frames: int, bins: int) -> Any:
+    return _torchaudio().transforms.SpecAugment(
+        n_time_masks=count if frames else 0,
+        time_mask_param=frames,
+        n_freq_masks=count if bins else 0,
+        freq_mask_param=bins,
+        iid_masks=False,
+        p=_LONGEST_MASK,
+    )
+
+
+def _convolved(clip: Tensor, response: Tensor) -> Tensor:
+    """The whole convolution, (1, samples), and zeros behind it: the transform is fast at few lengths."""
+    whole = clip.shape[1] + response.shape[1] - 1
+    padded = torch.nn.functional.pad(response, (0, _fast_length(whole) - whole))
+    return _torchaudio().functional.fftconvolve(clip, padded)
+
+
+def _fast_length(samples: int) -> int:
+    """The next of 2ⁿ and 3·2ⁿ."""
+    power = 1 << max(samples - 1, 1).bit_length()
+    return min(length for length in (power, power * 3 // 4) if length >= samples)
 
 
 @contextmanager
