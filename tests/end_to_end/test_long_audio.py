@@ -30,7 +30,13 @@ def test_a_long_recording_from_training_to_chat(tmp_path: Path, capsys: pytest.C
     words = [
         *(f"data.train=[{tmp_path / 'records.jsonl'}]", f"data.eval=[{tmp_path / 'records.jsonl'}]"),
         *(f"model.random_from={write_small_model(tmp_path)}", f"run.dir={tmp_path / 'run'}", "run.epochs=4"),
-        *("data.long_audio=split", "eval.max_new_tokens=6", "checkpoint.save_every=2", "checkpoint.keep_last=0"),
+        *(
+            "data.long_audio=split",
+            "data.max_tokens=4096",
+            "eval.max_new_tokens=6",
+            "checkpoint.save_every=2",
+            "checkpoint.keep_last=0",
+        ),
         *("eval.before_training=false", "run.packs_per_step=1", "run.threads=1"),
     ]
     run = build_here(words)
