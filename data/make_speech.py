@@ -27,7 +27,7 @@ THINGS = ("banana", "butterfly", "coffee", "computer", "garden", "hospital", "is
 SPEEDS = range(120, 221, 5)
 """Words a minute."""
 LONG_PHRASES = range(20, 27)
-"""Phrases of a long recording: 31 to 60 s."""
+"""Phrases of a long recording: 34 to 49 s."""
 NOISE_DB = (0.0, 15.0)
 """Least and greatest signal-to-noise ratio of the noisy recordings, in dB."""
 RECORDS = {"train": {"phrase": 600, "long": 12}, "heldout": {"clean": 60, "noisy": 60, "long": 4}}
