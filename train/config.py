@@ -25,7 +25,7 @@ class TooLong(StrEnum):
 class LongAudio(StrEnum):
     quarantine = "quarantine"
     cut = "cut"
-    split = "split"
+    split = "split"  # type: ignore[assignment]  # strings have a method of this name
 
 
 class Precision(StrEnum):

@@ -92,7 +92,7 @@ class Changes:
 
     def _changed(self, made: Tensor, samples: int) -> np.ndarray:
         if self.speed != 1:
-            made = _torchaudio().functional.resample(made, *speed_ratio(self.speed))
+            made = _resampler(*speed_ratio(self.speed))(made)
             made = torch.from_numpy(fit_clip(made[0].numpy(), samples, tolerance=0.01))[None]
         for change, is_asked in self._of_sound:
             if is_asked and self._rng.random() < self.settings.share and made.any():
@@ -120,7 +120,7 @@ class Changes:
         if self.settings.echo_folder:
             recorded = _recording("data.augment.echo_folder", self._one_of(self.settings.echo_folder))
             return torch.from_numpy(recorded[np.abs(recorded).argmax() :].copy())[None]
-        seconds = self._rng.uniform(*self.settings.echo_s)
+        seconds = self._between(self.settings.echo_s)
         at = np.arange(round(seconds * SAMPLE_RATE), dtype=np.float32)
         tail = self._rng.standard_normal(len(at), dtype=np.float32)
         tail *= np.exp(at * np.float32(-3 * np.log(10) / (seconds * SAMPLE_RATE)))  # 60 dB in that time
@@ -128,7 +128,7 @@ class Changes:
         return torch.from_numpy(tail)[None]
 
     def _noise(self, clip: Tensor) -> Tensor:
-        ratio = self._rng.uniform(*self.settings.noise_db)
+        ratio = self._between(self.settings.noise_db)
         folder = self.settings.noise_folder
         noise = self._recorded_noise(folder, clip.shape[1]) if folder else self._coloured_noise(clip.shape[1])
         if not noise.any():
@@ -141,7 +141,7 @@ class Changes:
         length = _fast_length(samples)
         spectrum = self._rng.standard_normal((length // 2 + 1, 2), dtype=np.float32)
         spectrum *= np.arange(1, len(spectrum) + 1, dtype=np.float32)[:, None] ** np.float32(-self._rng.uniform(0, 1))
-        return torch.fft.irfft(torch.view_as_complex(torch.from_numpy(spectrum)), length)[:samples].numpy()
+        return np.fft.irfft(spectrum.view(np.complex64)[:, 0], length)[:samples].astype(np.float32)
 
     def _recorded_noise(self, folder: str, samples: int) -> np.ndarray:
         """A stretch of a recording, or all of a short one again and again."""
@@ -157,14 +157,14 @@ class Changes:
     def _telephone(self, clip: Tensor) -> Tensor:
         """300 to 3,400 Hz, and 8 bits on the µ-law's scale, at 8,000 samples a second."""
         functional = _torchaudio().functional
-        narrow = functional.resample(clip, SAMPLE_RATE, _TELEPHONE_RATE)
-        narrow = _convolved(narrow, _band_pass()[None])[:, _TAPS // 2 :][:, : narrow.shape[1]]
+        narrow = _resampler(SAMPLE_RATE, _TELEPHONE_RATE)(clip)
+        narrow = torch.nn.functional.conv1d(narrow[None], _band_pass()[None, None], padding=_TAPS // 2)[0]
         peak = narrow.abs().max().clamp(min=1e-9)
         narrow = functional.mu_law_decoding(functional.mu_law_encoding(narrow / peak, 256), 256) * peak
-        return functional.resample(narrow, _TELEPHONE_RATE, SAMPLE_RATE)[:, : clip.shape[1]]
+        return _resampler(_TELEPHONE_RATE, SAMPLE_RATE)(narrow)[:, : clip.shape[1]]
 
     def _gain(self, clip: Tensor) -> Tensor:
-        return clip * 10 ** (self._rng.uniform(*self.settings.gain_db) / 20)
+        return clip * 10 ** (self._between(self.settings.gain_db) / 20)
 
     def mel(self, mel: Tensor) -> Tensor:
         """Log-mel frames (frames, bins), some of them and some bins put to the mean of all (SpecAugment)."""
@@ -173,7 +173,7 @@ class Changes:
             return mel
         masked = _masks(settings.masks, settings.time_mask, settings.freq_mask)
         with _one_thread(), torch.random.fork_rng(devices=[]):  # torchaudio draws from torch's own generator
-            torch.manual_seed(int(self._rng.integers(2**62)))
+            torch.default_generator.manual_seed(int(self._rng.integers(2**62)))  # and not those of idle devices
             return masked(mel.T).T.contiguous()
 
     def picture(self, picture: Image.Image) -> Image.Image:
@@ -189,6 +189,10 @@ class Changes:
             picture = Image.open(file).convert("RGB")
         return picture
 
+    def _between(self, ends: Sequence[float]) -> float:
+        low, high = ends
+        return float(self._rng.uniform(low, high))
+
     def _one_of(self, folder: str) -> str:
         files = _files(folder)
         return files[self._rng.integers(len(files))]
@@ -203,6 +207,11 @@ def _torchaudio() -> Any:
             "which ./launch.sh installs, and docs/data.md#torchaudio says how to by hand"
         ) from None
     return torchaudio
+
+
+@lru_cache
+def _resampler(rate: int, new_rate: int) -> Any:
+    return _torchaudio().transforms.Resample(rate, new_rate)
 
 
 @lru_cache

@@ -297,11 +297,11 @@ def _by_kind(tokens: Tokens) -> list[tuple[Kind, list[Medium]]]:
 
 def _told_windows(tokens: Tokens) -> str:
     """How much of a record that is too long its split recordings are; nothing where there are none."""
-    held = [medium for medium in tokens.media if isinstance(medium.source, Window)]
+    held = [(medium.source, len(medium.places)) for medium in tokens.media if isinstance(medium.source, Window)]
     if not held:
         return ""
-    seconds = sum(medium.source.end - medium.source.begin for medium in held) / SAMPLE_RATE
-    places = sum(len(medium.places) for medium in held)
+    seconds = sum(window.end - window.begin for window, _ in held) / SAMPLE_RATE
+    places = sum(count for _, count in held)
     return f" ({places} of them are {seconds:.1f} s of audio in {len(held)} windows)"
 
 

@@ -205,7 +205,7 @@ class RecordSet:
 
     def measure_one(self, record: Record) -> Lengths:
         """A record's lengths; raises BadRecord."""
-        at = {} if self.speed == 1 else {"speed": self.speed}
+        at: dict[str, Any] = {} if self.speed == 1 else {"speed": self.speed}
         return self.processor.measure(record, **self._fit, **at)
 
     def outline_of(self, record: Record) -> Outline:

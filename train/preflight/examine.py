@@ -119,7 +119,7 @@ def _look_at(records: RecordSet, record: Record) -> tuple[dict[str, Any], Any]:
         image=tally.image,
         audio=tally.audio,
         digest=_digest(record),
-        images=tuple(picture_size(part.content) for part in media if part.kind == "image"),
+        images=tuple(picture_size(file_of(part.content)) for part in media if part.kind == "image"),
         clips=tuple((header.seconds or 0.0, header.rate) for header in clips),
     )
     return asdict(facts), stamps

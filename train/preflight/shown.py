@@ -198,7 +198,7 @@ def _clip(placed: Placed, number: int, mel: torch.Tensor | None) -> ShownMedium:
 
 
 def _image(placed: Placed, number: int) -> ShownMedium:
-    picture = load_picture(placed.source)
+    picture = load_picture(file_of(placed.source))
     width, height = picture.size
     slices = [
         ShownSlice(left * width, top * height, (right - left) * width, (bottom - top) * height, part.pixels)
