@@ -335,6 +335,10 @@ def _deepspeed_faults(options: Options) -> list[str]:
     zero = entries.get("zero_optimization")
     if isinstance(zero, dict) and "stage" in zero:
         faults.append("engine.deepspeed.zero_optimization.stage: engine=zero1, zero2 or zero3 decides it; leave it out")
+    if "data_types" in entries and options.engine.name.zero_stage == 1:
+        faults.append(
+            "engine.deepspeed.data_types: ZeRO-1 then uses an optimizer whose state cannot be resumed; use engine=zero2"
+        )
     return faults
 
 

@@ -128,4 +128,5 @@ def test_a_resume_over_changed_media_is_refused(tmp_path: Path) -> None:
     done = launch([*command, "run.max_steps=2"])
     assert done.returncode == 1
     assert "was made with other data" in done.stderr
+    assert f"with model.path={tmp_path / 'run' / 'export'}" in done.stderr
     assert "Traceback" not in done.stderr

@@ -191,6 +191,15 @@ def test_deepspeed_entries_that_our_options_decide(options: Options, entry: dict
     assert fault.startswith(f"engine.deepspeed.{said}")
 
 
+def test_gradients_in_fp32_are_not_for_zero1(options: Options) -> None:
+    """DeepSpeed 0.19 then takes its BF16_Optimizer, which has none of the state that ZeRO's have."""
+    options.engine.name = Engine.zero1
+    options.engine.deepspeed = {"data_types": {"grad_accum_dtype": "fp32"}}
+    assert "cannot be resumed; use engine=zero2" in faults(options)[0]
+    options.engine.name = Engine.zero2
+    check(options)
+
+
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 """What `accelerate launch` says when it was told nothing."""
 

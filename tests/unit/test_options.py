@@ -80,6 +80,15 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(word: str, said: str)
     assert "+" not in fault.replace(word, "")
 
 
+def test_a_part_beside_one_value_for_all_parts_is_an_error() -> None:
+    with pytest.raises(HydraException) as caught:
+        compose_options(["run.activation_checkpointing=2", "run.activation_checkpointing.llm=3"])
+    assert message_for_known_error(caught.value) == (
+        "'run.activation_checkpointing.llm' stands beside 'run.activation_checkpointing', which gives one value to all "
+        "its parts; leave out one of the two"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "paths"),
     [

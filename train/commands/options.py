@@ -225,6 +225,9 @@ def _no_such_option(name: str, kind: Any = Options) -> str:
     """A message that names the nearest option, by the whole name or its last part."""
     if name in _RENAMED:
         return f"the option '{name}' is now {_RENAMED[name]}; write that"
+    if name in _names(Options):
+        group = name.rpartition(".")[0]
+        return f"'{name}' stands beside '{group}', which gives one value to all its parts; leave out one of the two"
     what = " of a source" if kind is SourceOptions else ""
     kind = kind if what else Options
 
