@@ -16,10 +16,14 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt
   [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
   pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
   pip install -c constraints.txt torch numpy setuptools wheel ninja
-  extras=train,demo,test
+  extras=train,demo,test,audio
   if "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then extras="$extras,gpu"; fi
   # DeepSpeed is a source package that looks at the torch already installed.
   DS_BUILD_OPS=0 pip install --no-build-isolation -c constraints.txt -e ".[$extras]"
+  # torchaudio's compiled libraries need CUDA's: beside a torch without them, its Python code alone can be imported.
+  if "$venv/bin/python" -c 'import sys, torch; sys.exit(bool(torch.version.cuda or torch.version.hip))'; then
+    rm -f "$venv"/lib/python*/site-packages/torchaudio/lib/*.so
+  fi
   touch "$stamp"
 fi
 [ "${1:-}" != --setup ] || exit 0

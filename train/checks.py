@@ -10,7 +10,17 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
-from train.config import FILE_FORMATS, METRICS, MODULES, Engine, LoraOptions, OptimizerName, Options, Precision
+from train.config import (
+    FILE_FORMATS,
+    METRICS,
+    MODULES,
+    AugmentOptions,
+    Engine,
+    LoraOptions,
+    OptimizerName,
+    Options,
+    Precision,
+)
 from train.errors import ConfigError
 
 
@@ -149,8 +159,41 @@ def _data_faults(options: Options) -> list[str]:
     return faults + _source_faults(options, "train") + _source_faults(options, "eval")
 
 
+_AUGMENT_PAIRS: dict[str, tuple[float, float]] = {
+    "noise_db": (-30, 100),
+    "echo_s": (0.01, 10),
+    "gain_db": (-60, 60),
+    "jpeg": (1, 95),
+}
+"""Least and most of each range of random changes."""
+
+
+def _augment_faults(where: str, augment: AugmentOptions) -> list[str]:
+    faults = [
+        f"{where}.{name} is {list(given)}; it is the least and the greatest value, two numbers from {low:g} to {high:g}"
+        for name, (low, high) in _AUGMENT_PAIRS.items()
+        if (given := getattr(augment, name)) and not (len(given) == 2 and low <= given[0] <= given[1] <= high)
+    ]
+    faults += [
+        f"{where}.speed has {factor:g}; use factors from 0.5 to 2, with at most two decimals"
+        for factor in augment.speed
+        if not 0.5 <= factor <= 2 or round(factor, 2) != factor
+    ]
+    for name, most in (("share", 1), ("color", 1), ("freq_mask", 128), ("time_mask", 3000), ("masks", 100)):
+        faults += _range_fault(f"{where}.{name}", getattr(augment, name), (0, most))
+    for name in ("noise_folder", "echo_folder"):
+        folder = getattr(augment, name)
+        if folder is not None and not Path(folder).is_dir():
+            faults.append(f"{where}.{name}: there is no folder '{folder}'")
+    if augment.noise_folder and not augment.noise_db:
+        faults.append(f"{where}.noise_folder changes nothing without noise_db; set {where}.noise_db=[0,20]")
+    if augment.echo_folder and augment.echo_s:
+        faults.append(f"{where}: echo_folder and echo_s are two ways to make echo; set one of them")
+    return faults
+
+
 def _source_faults(options: Options, group: str) -> list[str]:
-    faults = []
+    faults = _augment_faults("data.augment", options.data.augment) if group == "train" else []
     for index, source in enumerate(getattr(options.data, group)):
         where = f"data.{group}[{index}]"
         if not Path(source.path).is_file():
@@ -158,6 +201,10 @@ def _source_faults(options: Options, group: str) -> list[str]:
         if source.root is not None and not Path(source.root).is_dir():
             faults.append(f"{where}.root: there is no folder '{source.root}'")
         faults += _range_fault(f"{where}.weight", source.weight, (1e-6, 1000))
+        if source.augment is not None and group == "eval":
+            faults.append(f"{where}.augment: held-out data are never changed; leave it out")
+        elif source.augment is not None:
+            faults += _augment_faults(f"{where}.augment", source.augment)
         if source.format not in FILE_FORMATS:
             faults.append(f"{where}.format is '{source.format}'; use auto, jsonl, json or parquet")
     return faults

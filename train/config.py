@@ -25,6 +25,7 @@ class TooLong(StrEnum):
 class LongAudio(StrEnum):
     quarantine = "quarantine"
     cut = "cut"
+    split = "split"  # type: ignore[assignment]  # strings have a method of this name
 
 
 class Precision(StrEnum):
@@ -73,6 +74,39 @@ class ModelOptions:
 
 
 @dataclass
+class AugmentOptions:
+    """Random changes of media in training; all are off by default."""
+
+    share: float = 0.5
+    """Share of the clips, and of the images, to which each of the changes is made, drawn for each change by itself.
+    `speed` is drawn for all records, masks for all clips."""
+    speed: list[float] = field(default_factory=list)
+    """Factors of speed, one of which is drawn for each record: [0.9, 1, 1.1]."""
+    noise_db: list[float] = field(default_factory=list)
+    """Least and greatest ratio of the sound to noise that is added, in dB: [0, 20]."""
+    noise_folder: str | None = None
+    """Folder of recordings of noise; null = noise is generated, white to brown."""
+    echo_s: list[float] = field(default_factory=list)
+    """Least and greatest reverberation time of generated rooms, seconds until the echo is 60 dB down: [0.1, 0.6]."""
+    echo_folder: str | None = None
+    """Folder of recorded impulse responses, in place of generated ones."""
+    gain_db: list[float] = field(default_factory=list)
+    """Least and greatest change of loudness, in dB: [-10, 10]."""
+    telephone: bool = False
+    """Clips as a telephone carries them: 300 to 3,400 Hz, in 8 bits by the mu-law."""
+    freq_mask: int = 0
+    """Mel bins that a mask covers at most (SpecAugment); 0 = none."""
+    time_mask: int = 0
+    """Mel frames (10 ms each) that a mask covers at most, and 30 % of a clip; 0 = none."""
+    masks: int = 2
+    """Masks of each of these two kinds on a clip."""
+    color: float = 0.0
+    """Brightness, contrast and colours of images change by up to this share."""
+    jpeg: list[int] = field(default_factory=list)
+    """Least and greatest JPEG quality in which images are encoded again: [30, 90]."""
+
+
+@dataclass
 class SourceOptions:
     path: str = ""
     """A file of records: JSON lines, a JSON list or parquet."""
@@ -85,6 +119,8 @@ class SourceOptions:
     `train-2`."""
     format: str = "auto"
     """`auto` (by what stands in the file), `jsonl`, `json` or `parquet`."""
+    augment: AugmentOptions | None = None
+    """What is changed in the media of this source of data.train; null = what `data.augment` says."""
 
 
 @dataclass
@@ -102,7 +138,10 @@ class DataOptions:
     too_long: TooLong = TooLong.quarantine
     """What becomes of a record over `max_tokens`: set aside, or its text shortened from the end."""
     long_audio: LongAudio = LongAudio.quarantine
-    """What becomes of a recording over 30 s: its record set aside, or the recording cut at 30 s."""
+    """What becomes of a recording over 30 s: its record set aside, the recording cut at 30 s, or split into windows of
+    at most 30 s that the model hears one after the other, as far as `max_tokens` reaches (4096 hold about 160 s)."""
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+    """What is changed at random in the media of data.train, never in those of data.eval."""
     system_prompt: str | None = None
     """System turn put before records that have none; null = the model family's own; "" = none."""
     max_bad_fraction: float = 0.05

@@ -149,13 +149,22 @@ def texts() -> list[list[dict[str, Any]]]:
 
 
 def check_agreement(
-    python: Path, export: Path, model: Any, processor: Any, conversations: list[list[dict[str, Any]]], folder: Path
+    python: Path,
+    export: Path,
+    model: Any,
+    processor: Any,
+    conversations: list[list[dict[str, Any]]],
+    folder: Path,
+    **options: str,
 ) -> None:
-    """Insist that vLLM's offline API gives for the export the tokens and log-probabilities of the model."""
+    """Insist that vLLM's offline API gives for the export the tokens and log-probabilities of the model.
+
+    options: those of the processor that vLLM is started with.
+    """
     asked, answered = folder / "asked.json", folder / "answered.json"
     asked.write_text(json.dumps(conversations))
     script = ROOT / "tests" / "end_to_end" / "vllm_answers.py"
-    command = [python, script, export, asked, answered, str(agreement.NEW_TOKENS)]
+    command = [python, script, export, asked, answered, str(agreement.NEW_TOKENS), json.dumps(options)]
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
@@ -171,8 +180,16 @@ def check_agreement(
 
 
 def test_the_offline_api_agrees_with_our_model(python: Path, model: Path, tmp_path: Path) -> None:
+    """A recording of 95 s, with clips around it, in windows as everywhere."""
     family = find(model)
-    check_agreement(python, model, family.load_model(model).eval(), family.load_processor(model), mixed(), tmp_path)
+    processor = family.load_processor(model)
+    processor.long_audio = "split"
+    short, long = clip(0.31), clip(95)
+    split = [[said("user", short, long, clip(1.7), "What?"), said("assistant", "blue"), said("user", short, "And?")]]
+    conversations = [*mixed(), *split]
+    check_agreement(
+        python, model, family.load_model(model).eval(), processor, conversations, tmp_path, long_audio="split"
+    )
 
 
 @pytest.mark.parametrize(

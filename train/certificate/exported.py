@@ -7,15 +7,18 @@ import sys
 from base64 import b64encode
 from collections.abc import Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import soundfile
 import torch
 
 from train.certificate.lines import Line, compared, failed, skipped
 from train.certificate.records import batches, choose
 from train.config import Options
+from train.data.audio import SAMPLE_RATE, load_clip
 from train.data.collate import collate
 from train.data.record_set import RecordSet
 from train.engine.build_data import limits_of
@@ -28,7 +31,7 @@ from train.families.family import Family
 from train.families.registry import find
 from train.modules.packed import PackedModel
 from train.run_folder import RunFolder
-from train.schema import Batch, Part, Record
+from train.schema import Batch, Part, Record, Span, Window
 
 EXPORT = "export = trained"
 TRANSFORMERS = "export in transformers"
@@ -133,6 +136,11 @@ def _messages(record: Record) -> list[dict[str, Any]]:
 def _item(part: Part) -> dict[str, Any]:
     if part.kind == "text":
         return {"type": "text", "text": part.content}
-    data = part.content if isinstance(part.content, bytes) else Path(part.content).read_bytes()
+    source = part.content
+    if isinstance(source, Span | Window):
+        wav = BytesIO()
+        soundfile.write(wav, load_clip(source), SAMPLE_RATE, format="WAV", subtype="FLOAT")
+        source = wav.getvalue()
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
     form = {"image": "image/png", "audio": "audio/wav"}[part.kind]  # what it is, its first bytes say
     return {"type": f"{part.kind}_url", f"{part.kind}_url": {"url": f"data:{form};base64,{b64encode(data).decode()}"}}

@@ -19,7 +19,7 @@ from train.data.readers import open_source
 from train.data.records import parse_record
 from train.data.workers import UNWATCHED, Results, Workers
 from train.errors import BadRecord, OmniTuneError
-from train.schema import KINDS, Batch, Kind, Lengths, Outline, Processor, Record, Sample, TooLong
+from train.schema import KINDS, Batch, Changes, Kind, Lengths, Outline, Processor, Record, Sample, TooLong
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class RecordSet:
 
     processor: has `measure`, `encode`, `prompt` and `reference` of a record.
     workers: the processes in which media are opened, wherever many records are read.
+    speed: at which the clips run that are measured.
     """
 
     def __init__(
@@ -91,7 +92,9 @@ class RecordSet:
         max_tokens: int,
         too_long: TooLong,
         workers: Workers = UNWATCHED,
+        speed: float = 1.0,
     ):
+        self.speed = speed
         self.specs = list(specs)
         self.processor = processor
         self.workers = workers
@@ -216,21 +219,31 @@ class RecordSet:
 
     def measure_one(self, record: Record) -> Lengths:
         """A record's lengths; raises BadRecord."""
-        return self.processor.measure(record, **self._fit)
+        at: dict[str, Any] = {} if self.speed == 1 else {"speed": self.speed}
+        return self.processor.measure(record, **self._fit, **at)
 
     def outline_of(self, record: Record) -> Outline:
         """A record laid out as tokens, from headers alone; raises BadRecord."""
         return self.processor.outline(record, **self._fit)
 
-    def encode(self, record: Record) -> Sample:
-        """A record as the model takes it, its media decoded; raises BadRecord."""
-        return self.processor.encode(record, **self._fit)
+    def encode(self, record: Record, changes: Changes | None = None) -> Sample:
+        """A record as the model takes it, its media decoded, and changed; raises BadRecord."""
+        changed: dict[str, Any] = {"changes": changes} if changes else {}
+        return self.processor.encode(record, **self._fit, **changed)
 
-    def batch(self, pack: Sequence[int], watch: Watching = nullcontext) -> tuple[Batch, list[BadNote]]:
-        """A pack's records decoded and laid end to end; those that fail leave their place empty."""
+    def batch(
+        self,
+        pack: Sequence[int],
+        watch: Watching = nullcontext,
+        changes: Callable[[int], Changes | None] = lambda record: None,
+    ) -> tuple[Batch, list[BadNote]]:
+        """A pack's records decoded and laid end to end; those that fail leave their place empty.
+
+        changes: of the media of a record, by its index.
+        """
         samples, sources, records, bad = [], [], [], []
         for index in pack:
-            sample = self.attempt(index, self.encode, watch)
+            sample = self.attempt(index, partial(self.encode, changes=changes(index)), watch)
             if isinstance(sample, BadNote):
                 bad.append(sample)
                 continue

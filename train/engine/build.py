@@ -19,10 +19,11 @@ from transformers.integrations import unset_hf_deepspeed_config
 from train.announce import announced
 from train.checks import check, gain_figure, model_folder, tuned_modules
 from train.config import OptimizerName, Options, Precision
+from train.data.augment import Augmenter
 from train.data.loader import StepLoader, StepPlan
 from train.data.record_set import RecordSet
 from train.engine.accelerator import make_accelerator, world_size, zero_stage
-from train.engine.build_data import flops_of, make_evaluator, make_plan, read_data
+from train.engine.build_data import flops_of, make_evaluator, make_plan, read_data, read_speeds
 from train.engine.checkpoint import Checkpoints
 from train.engine.consistency import check_folder
 from train.engine.engines import DeepSpeedEngine, Engine, OwnEngine
@@ -30,6 +31,7 @@ from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
 from train.engine.gain import Gain
 from train.engine.lock import lock
+from train.engine.measuring import measure_alike
 from train.engine.observers import MetricsFile, Observer, Profiler, Progress
 from train.engine.optimizer import LearningRates, matrices
 from train.engine.peak import peak_flops
@@ -54,7 +56,7 @@ from train.modules.trainable import Group, canonical_name, choose_trainable, mod
 from train.report.verdict import State
 from train.run_folder import RunFolder
 from train.schema import Batch
-from train.sources import load_processor
+from train.sources import load_processor, make_augmenter
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +137,9 @@ def build(
         evaluator = make_evaluator(options, accelerator, eval_set, eval_measured, stop)
     _check_figures(options, evaluator)
     flops = flops_of(options, family, base)
-    plan = make_plan(options, flops, train_set, measured)
+    speeds = read_speeds(options, base, train_set, measured, partial(measure_alike, accelerator=accelerator))
+    plan = make_plan(options, flops, train_set, measured, speeds)
+    augmenter = make_augmenter(options)
     ranks, is_main = accelerator.num_processes, accelerator.is_main_process
     expected_gib = expect(Planned(family, base, plan, train_set, accelerator.device, ranks, is_main))
     with announced(f"loading the weights of '{base}'"):
@@ -171,7 +175,7 @@ def build(
             stop=stop,
         ),
         trained=trained_state(accelerator, engine, options.optim.name, zero_stage(options)),
-        steps_from=partial(_steps_from, plan, train_set, accelerator, options),
+        steps_from=partial(_steps_from, plan, train_set, accelerator, augmenter),
         plan_digest=plan.digest(),
         name_of=train_set.name_of,
         source_names=[spec.name for spec in train_set.specs],
@@ -336,7 +340,9 @@ def with_trainable(options: Options, family: Family, model: PackedModel) -> nn.M
     return adapted_model
 
 
-def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, options: Options, epoch: int, step: int):
+def _steps_from(
+    plan: StepPlan, records: RecordSet, accelerator: Accelerator, augmenter: Augmenter | None, epoch: int, step: int
+):
     return StepLoader(
         plan,
         records,
@@ -345,6 +351,7 @@ def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, op
         epoch=epoch,
         step_in_epoch=step,
         pin_memory=accelerator.device.type == "cuda",
+        augmenter=augmenter,
     )
 
 

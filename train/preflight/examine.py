@@ -18,7 +18,7 @@ from train.data.images import picture_size
 from train.data.lengths import LengthCache, Stamps, holds, stamps_of
 from train.data.record_set import BadNote, Measured, RecordSet, Watching
 from train.data.workers import Results
-from train.schema import KINDS, Part, Record
+from train.schema import KINDS, Part, Record, Span, file_of
 
 _PART = 128
 """Records that are kept together: a second's work, after which a killed look goes on."""
@@ -144,7 +144,7 @@ def _look_at(records: RecordSet, record: Record) -> _Row:
         audio=places["audio"],
         units=tuple(len(sample.media[kind].values) if kind in sample.media else 0 for kind in KINDS),
         digest=_digest(record),
-        images=tuple(picture_size(part.content) for part in media if part.kind == "image"),
+        images=tuple(picture_size(file_of(part.content)) for part in media if part.kind == "image"),
         clips=tuple((header.seconds or 0.0, header.rate) for header in clips),
     )
     return facts, stamps
@@ -159,11 +159,12 @@ def _digest(record: Record) -> str:
 
 
 def _content_digest(part: Part) -> bytes:
-    if isinstance(part.content, str) and part.kind != "text":
-        with Path(part.content).open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
-    content = part.content if isinstance(part.content, bytes) else part.content.encode()
-    return hashlib.blake2b(content).digest()
+    content = file_of(part.content)
+    span = f"{part.content.start_s} {part.content.end_s}".encode() if isinstance(part.content, Span) else b""
+    if isinstance(content, str) and part.kind != "text":
+        with Path(content).open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest() + span
+    return hashlib.blake2b(content if isinstance(content, bytes) else content.encode()).digest() + span
 
 
 def _load(file: Path | None, count: int) -> list[_Row | None]:

@@ -14,7 +14,7 @@ from train.data.records import parse_record
 from train.data.workers import Results, Workers
 from train.errors import BadRecord, OmniTuneError
 from train.pages.drawing import picture_uri, small_clip_uri
-from train.schema import Kind, MediaSource, Part, Record
+from train.schema import Kind, MediaSource, Part, Record, file_of
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,8 @@ def _size(media: list[Shown]) -> int:
 
 
 def _shown(part: Part) -> Shown:
-    name = "embedded" if isinstance(part.content, bytes) else Path(part.content).name
+    file = file_of(part.content)
+    name = "embedded" if isinstance(file, bytes) else Path(file).name
     try:
         return _image(part.content, name) if part.kind == "image" else _clip(part.content, name)
     except BadRecord:
@@ -142,7 +143,7 @@ def _shown(part: Part) -> Shown:
 
 
 def _image(source: MediaSource, name: str) -> Shown:
-    picture = load_picture(source)
+    picture = load_picture(file_of(source))
     width, height = picture.size
     return Shown("image", picture_uri(picture, _SIDE, _LOSSLESS), f"{name}, {width}×{height}")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from PIL import Image
 
+from train.data.audio import SAMPLE_RATE, load_clip
 from train.engine.tracking.tracker import Answers, Figures, TrackedRun, kept_id
-from train.schema import KINDS, Kind, MediaSource, Record
+from train.schema import KINDS, Kind, MediaSource, Record, file_of
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +85,11 @@ class WandbTracker:
 
     def _shown(self, kind: Kind, source: MediaSource) -> Any:
         if kind == "image":
-            return self._wandb.Image(source if isinstance(source, str) else Image.open(BytesIO(source)))
+            file = file_of(source)
+            return self._wandb.Image(file if isinstance(file, str) else Image.open(BytesIO(file)))
         if isinstance(source, str):
             return self._wandb.Audio(source)
-        samples, rate = soundfile.read(BytesIO(source))
-        return self._wandb.Audio(samples, sample_rate=rate)
+        return self._wandb.Audio(load_clip(source), sample_rate=SAMPLE_RATE)
 
     def _start(self, run: TrackedRun) -> Any:
         folder = run.folder.path
