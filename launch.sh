@@ -16,10 +16,14 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt
   [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
   pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
   pip install -c constraints.txt torch numpy setuptools wheel ninja
-  extras=train,demo,test
+  extras=train,demo,test,audio
   if "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then extras="$extras,gpu"; fi
   # DeepSpeed is a source package that looks at the torch already installed.
   DS_BUILD_OPS=0 pip install --no-build-isolation -c constraints.txt -e ".[$extras]"
+  # torchaudio's compiled libraries need CUDA's: beside a torch without them, its Python code alone can be imported.
+  if "$venv/bin/python" -c 'import sys, torch; sys.exit(bool(torch.version.cuda or torch.version.hip))'; then
+    rm -f "$venv"/lib/python*/site-packages/torchaudio/lib/*.so
+  fi
   touch "$stamp"
 fi
 [ "${1:-}" != --setup ] || exit 0
@@ -30,12 +34,16 @@ if [ -z "${NUM_PROCESSES:-}" ]; then
 fi
 NUM_MACHINES="${NUM_MACHINES:-1}"
 
-if [ "$NUM_PROCESSES" = 1 ] && [ "$NUM_MACHINES" = 1 ]; then
-  exec python train/main.py "$@"
-elif [ "$NUM_MACHINES" = 1 ]; then
-  exec python -m train.launcher --standalone --nproc-per-node "$NUM_PROCESSES" train/main.py "$@"
-else
-  exec python -m train.launcher --nnodes "$NUM_MACHINES" --node-rank "${MACHINE_RANK:?set MACHINE_RANK, from 0 on}" \
+launcher=(python)
+if [ "$NUM_MACHINES" != 1 ]; then
+  launcher=(python -m train.launcher --nnodes "$NUM_MACHINES" --node-rank "${MACHINE_RANK:?set MACHINE_RANK, from 0 on}" \
     --nproc-per-node "$NUM_PROCESSES" --master-addr "${MAIN_ADDRESS:?set MAIN_ADDRESS, the address of machine 0}" \
-    --master-port "${MAIN_PORT:-29500}" train/main.py "$@"
+    --master-port "${MAIN_PORT:-29500}")
+elif [ "$NUM_PROCESSES" != 1 ]; then
+  launcher=(python -m train.launcher --standalone --nproc-per-node "$NUM_PROCESSES")
 fi
+if [[ " $* " =~ " -m "|" --multirun " ]]; then # a sweep launches its runs itself
+  export OMNITUNE_LAUNCHER="${launcher[*]}"
+  launcher=(python)
+fi
+exec "${launcher[@]}" train/main.py "$@"

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from measure import finish, measured, memory_status, print_table, use_one_core
 from workload import draw
 
 from train.config import MODULES, DataOptions
+from train.data.augment import Augmentation, Augmenter
 from train.data.lengths import LengthCache
 from train.data.plan import Limits, assign, plan_epoch
 from train.data.record_set import Measured, RecordSet, SourceSpec
@@ -96,6 +98,41 @@ def decode_figures(records: RecordSet, count: int) -> dict[str, float]:
     seconds = [taken for of_type in by_type.values() for taken in of_type]
     figures = {"decode_records_per_s": len(seconds) / sum(seconds)}
     return figures | {f"decode_{name}_records_per_s": len(of) / sum(of) for name, of in sorted(by_type.items())}
+
+
+EVERYTHING = Augmentation(
+    speed=(0.9, 1.0, 1.1),
+    noise_db=(0, 20),
+    echo_s=(0.1, 0.6),
+    telephone=True,
+    gain_db=(-10, 10),
+    freq_mask=27,
+    time_mask=40,
+    color=0.3,
+    jpeg=(30, 90),
+)
+"""All that `data.augment` has, at its default share."""
+
+
+def changed_figures(records: RecordSet, count: int) -> dict[str, float]:
+    """Records encoded a second with every random change on, over the rate without, each record in turn.
+
+    Nothing where torchaudio is not installed.
+    """
+    if find_spec("torchaudio") is None:
+        return {}
+    augmenter = Augmenter([EVERYTHING] * len(records.specs), seed=0)
+    seconds = {False: 0.0, True: 0.0}
+    for place, index in enumerate(range(0, len(records), max(len(records) // count, 1))):
+        record = records.record(index)
+        for is_changed in (False, True):
+            speed = EVERYTHING.speed[place % len(EVERYTHING.speed)]
+            changes = augmenter.changes(0, index, 0, speed) if is_changed else None
+            start = time.process_time()
+            records.encode(record, changes)
+            if place >= min(WARM_UP, count) // 5:
+                seconds[is_changed] += time.process_time() - start
+    return {"decode_changed_over_plain": seconds[False] / seconds[True]}
 
 
 def memory_figures(model: Path, count: int) -> dict[str, float]:
@@ -190,6 +227,7 @@ def figures_of(chosen: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"records": len(records), "planned_records": chosen.planned}
     figures |= memory_figures(chosen.model, chosen.texts)
     figures |= header_figures(records) | decode_figures(records, chosen.decoded)
+    figures |= changed_figures(records, chosen.decoded)
     figures |= cores_figures(chosen.model, chosen.records, chosen.times)
     lengths = draw(chosen.planned).lengths()
     planned, packs = plan_figures(lengths)

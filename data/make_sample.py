@@ -142,16 +142,24 @@ class Clip:
     speed: int
     pitch: int
 
-    def save(self, path: Path) -> None:
-        """Speaks, trims the silence at both ends, and writes 16 kHz mono Ogg Opus at about 18 kbit/s."""
+    def spoken(self) -> np.ndarray:
+        """The text as it is spoken, the silence at both ends trimmed: float32 (samples,) at 16 kHz."""
         command = ["espeak-ng", "-v", self.voice, "-s", str(self.speed), "-p", str(self.pitch)]
         spoken = subprocess.run([*command, "--stdout", self.text], capture_output=True, check=True).stdout
         wave, rate = soundfile.read(io.BytesIO(spoken), dtype="float32")
         loud = np.flatnonzero(np.abs(wave) > 0.01 * np.abs(wave).max())
-        wave = soxr.resample(wave[loud[0] : loud[-1] + 1], rate, RATE)
-        encoded = io.BytesIO()
-        soundfile.write(encoded, wave, RATE, format="OGG", subtype="OPUS", compression_level=0.95)
-        path.write_bytes(normal_ogg(encoded.getvalue()))
+        return soxr.resample(wave[loud[0] : loud[-1] + 1], rate, RATE)
+
+    def save(self, path: Path) -> None:
+        """Writes what is spoken as `encoded`."""
+        path.write_bytes(encoded(self.spoken()))
+
+
+def encoded(wave: np.ndarray) -> bytes:
+    """Samples at 16 kHz as mono Ogg Opus of about 18 kbit/s, equal samples as equal bytes."""
+    file = io.BytesIO()
+    soundfile.write(file, wave, RATE, format="OGG", subtype="OPUS", compression_level=0.95)
+    return normal_ogg(file.getvalue())
 
 
 _BITS_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))

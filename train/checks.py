@@ -3,13 +3,24 @@
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 
 import torch
 from packaging.version import Version
 
-from train.config import FILE_FORMATS, METRICS, PARTS, Engine, LoraOptions, OptimizerName, Options, Precision
+from train.config import (
+    FILE_FORMATS,
+    METRICS,
+    PARTS,
+    AugmentOptions,
+    Engine,
+    LoraOptions,
+    OptimizerName,
+    Options,
+    Precision,
+)
 from train.errors import ConfigError
 
 
@@ -63,6 +74,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_last": (0, _COUNT),
     "eval.every": (0, _COUNT),
     "run.max_not_finite": (0, _COUNT),
+    "run.stop_after_no_gain": (0, _COUNT),
     "run.peak_tflops": (0.001, 10**6),
     "run.threads": (0, 512),
     "eval.max_records": (0, _COUNT),
@@ -95,6 +107,7 @@ def check(options: Options, world_size: int = 1, environment: Mapping[str, str] 
         *_accelerate_faults(options, environment or {}),
         *_liger_faults(options),
         *_layer_faults(options),
+        *_tracker_faults(options),
     ]
     if faults:
         raise ConfigError(faults)
@@ -147,8 +160,41 @@ def _data_faults(options: Options) -> list[str]:
     return faults + _source_faults(options, "train") + _source_faults(options, "eval")
 
 
+_AUGMENT_PAIRS: dict[str, tuple[float, float]] = {
+    "noise_db": (-30, 100),
+    "echo_s": (0.01, 10),
+    "gain_db": (-60, 60),
+    "jpeg": (1, 95),
+}
+"""Least and most of each range of random changes."""
+
+
+def _augment_faults(where: str, augment: AugmentOptions) -> list[str]:
+    faults = [
+        f"{where}.{name} is {list(given)}; it is the least and the greatest value, two numbers from {low:g} to {high:g}"
+        for name, (low, high) in _AUGMENT_PAIRS.items()
+        if (given := getattr(augment, name)) and not (len(given) == 2 and low <= given[0] <= given[1] <= high)
+    ]
+    faults += [
+        f"{where}.speed has {factor:g}; use factors from 0.5 to 2, with at most two decimals"
+        for factor in augment.speed
+        if not 0.5 <= factor <= 2 or round(factor, 2) != factor
+    ]
+    for name, most in (("share", 1), ("color", 1), ("freq_mask", 128), ("time_mask", 3000), ("masks", 100)):
+        faults += _range_fault(f"{where}.{name}", getattr(augment, name), (0, most))
+    for name in ("noise_folder", "echo_folder"):
+        folder = getattr(augment, name)
+        if folder is not None and not Path(folder).is_dir():
+            faults.append(f"{where}.{name}: there is no folder '{folder}'")
+    if augment.noise_folder and not augment.noise_db:
+        faults.append(f"{where}.noise_folder changes nothing without noise_db; set {where}.noise_db=[0,20]")
+    if augment.echo_folder and augment.echo_s:
+        faults.append(f"{where}: echo_folder and echo_s are two ways to make echo; set one of them")
+    return faults
+
+
 def _source_faults(options: Options, group: str) -> list[str]:
-    faults = []
+    faults = _augment_faults("data.augment", options.data.augment) if group == "train" else []
     for index, source in enumerate(getattr(options.data, group)):
         where = f"data.{group}[{index}]"
         if not Path(source.path).is_file():
@@ -156,6 +202,10 @@ def _source_faults(options: Options, group: str) -> list[str]:
         if source.root is not None and not Path(source.root).is_dir():
             faults.append(f"{where}.root: there is no folder '{source.root}'")
         faults += _range_fault(f"{where}.weight", source.weight, (1e-6, 1000))
+        if source.augment is not None and group == "eval":
+            faults.append(f"{where}.augment: held-out data are never changed; leave it out")
+        elif source.augment is not None:
+            faults += _augment_faults(f"{where}.augment", source.augment)
         if source.format not in FILE_FORMATS:
             faults.append(f"{where}.format is '{source.format}'; use auto, jsonl, json or parquet")
     return faults
@@ -240,9 +290,30 @@ def _number_faults(options: Options) -> list[str]:
         faults.append(f"optim.betas is {list(betas)}; it takes two numbers from 0 to below 1")
     if (best := options.checkpoint.keep_best) and not options.data.eval:
         faults.append(f"checkpoint.keep_best is {best}, but data.eval is empty, so nothing is evaluated")
+    faults += _gain_faults(options)
     if run.resume not in ("auto", "never") and not Path(run.resume).is_dir():
         faults.append(f"run.resume: there is no checkpoint folder '{run.resume}'; use auto, never or a folder")
     return faults
+
+
+def _gain_faults(options: Options) -> list[str]:
+    run, asked = options.run, f"run.stop_after_no_gain is {options.run.stop_after_no_gain}"
+    if run.gain_figure and not run.stop_after_no_gain:
+        return [f"run.gain_figure is {run.gain_figure}; set run.stop_after_no_gain too"]
+    if not 1 <= run.stop_after_no_gain <= _COUNT:
+        return []
+    if not options.data.eval:
+        return [f"{asked}, but data.eval is empty, so nothing is evaluated"]
+    if not options.eval.every:
+        return [f"{asked}, but eval.every is 0, so nothing is evaluated before the last step; set eval.every"]
+    return []
+
+
+def gain_figure(options: Options) -> str:
+    """The figure of the evaluation by which a run may end early; "" where it may not."""
+    if not options.run.stop_after_no_gain:
+        return ""
+    return options.run.gain_figure or options.checkpoint.keep_best or "eval/loss"
 
 
 def _range_fault(name: str, value: float | None, limits: tuple[float, float]) -> list[str]:
@@ -351,6 +422,23 @@ def _liger_faults(options: Options) -> list[str]:
             "leave the option out"
         ]
     return []
+
+
+_PACKAGES = {
+    "wandb": {"wandb": "wandb"},
+    "tensorboard": {"tensorboard": "tensorboard"},
+    "mlflow": {"mlflow": "mlflow-skinny", "sqlalchemy": "sqlalchemy", "alembic": "alembic"},
+}
+"""The modules that each tracker needs, and the packages that have them."""
+
+
+def _tracker_faults(options: Options) -> list[str]:
+    faults = []
+    for tracker, packages in _PACKAGES.items():
+        if getattr(options.tracker, tracker) and any(find_spec(module) is None for module in packages):
+            needed = " ".join(packages.values())
+            faults.append(f"tracker={tracker} needs packages that are not installed; pip install {needed}")
+    return faults
 
 
 def _layer_faults(options: Options) -> list[str]:

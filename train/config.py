@@ -28,6 +28,7 @@ class TooLong(StrEnum):
 class LongAudio(StrEnum):
     quarantine = "quarantine"
     cut = "cut"
+    split = "split"  # type: ignore[assignment]  # strings have a method of this name
 
 
 class Precision(StrEnum):
@@ -67,17 +68,45 @@ class OptimizerName(StrEnum):
     muon = "muon"
 
 
-class Tracker(StrEnum):
-    none = "none"
-    wandb = "wandb"
-
-
 @dataclass
 class ModelOptions:
     path: str | None = None
     """Model folder to start from: config.json, tokenizer, preprocessor settings, weights (safetensors)."""
     random_from: str | None = None
     """Where `path` is null: a model folder without weights, which are drawn from `run.seed`."""
+
+
+@dataclass
+class AugmentOptions:
+    """Random changes of media in training; all are off by default."""
+
+    share: float = 0.5
+    """Share of the clips, and of the images, to which each of the changes is made, drawn for each change by itself.
+    `speed` is drawn for all records, masks for all clips."""
+    speed: list[float] = field(default_factory=list)
+    """Factors of speed, one of which is drawn for each record: [0.9, 1, 1.1]."""
+    noise_db: list[float] = field(default_factory=list)
+    """Least and greatest ratio of the sound to noise that is added, in dB: [0, 20]."""
+    noise_folder: str | None = None
+    """Folder of recordings of noise; null = noise is generated, white to brown."""
+    echo_s: list[float] = field(default_factory=list)
+    """Least and greatest reverberation time of generated rooms, seconds until the echo is 60 dB down: [0.1, 0.6]."""
+    echo_folder: str | None = None
+    """Folder of recorded impulse responses, in place of generated ones."""
+    gain_db: list[float] = field(default_factory=list)
+    """Least and greatest change of loudness, in dB: [-10, 10]."""
+    telephone: bool = False
+    """Clips as a telephone carries them: 300 to 3,400 Hz, in 8 bits by the mu-law."""
+    freq_mask: int = 0
+    """Mel bins that a mask covers at most (SpecAugment); 0 = none."""
+    time_mask: int = 0
+    """Mel frames (10 ms each) that a mask covers at most, and 30 % of a clip; 0 = none."""
+    masks: int = 2
+    """Masks of each of these two kinds on a clip."""
+    color: float = 0.0
+    """Brightness, contrast and colours of images change by up to this share."""
+    jpeg: list[int] = field(default_factory=list)
+    """Least and greatest JPEG quality in which images are encoded again: [30, 90]."""
 
 
 @dataclass
@@ -93,6 +122,8 @@ class SourceOptions:
     `train-2`."""
     format: str = "auto"
     """`auto` (by what stands in the file), `jsonl`, `json` or `parquet`."""
+    augment: AugmentOptions | None = None
+    """What is changed in the media of this source of data.train; null = what `data.augment` says."""
 
 
 @dataclass
@@ -110,10 +141,13 @@ class DataOptions:
     too_long: TooLong = TooLong.quarantine
     """What becomes of a record over `max_tokens`: set aside, or its text shortened from the end."""
     long_audio: LongAudio = LongAudio.quarantine
-    """What becomes of a recording over 30 s: its record set aside, or the recording cut at 30 s."""
+    """What becomes of a recording over 30 s: its record set aside, the recording cut at 30 s, or split into windows of
+    at most 30 s that the model hears one after the other, as far as `max_tokens` reaches (4096 hold about 160 s)."""
     image_places: int | None = None
     """Places in the language model to which an image is scaled, or just below, for families with such a budget
     (Gemma 4: 70, 140, 280, 560 or 1120 in what is published); null = what the model folder says."""
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+    """What is changed at random in the media of data.train, never in those of data.eval."""
     system_prompt: str | None = None
     """System turn put before records that have none; null = the model family's own; "" = none."""
     max_bad_fraction: float = 0.05
@@ -258,6 +292,14 @@ class RunOptions:
     """`auto` = go on from the newest checkpoint in `run.dir`; `never`; or a checkpoint's path."""
     max_not_finite: int = 10
     """Steps in a row that may be left out because a loss or gradient is not finite; then the run stops."""
+    stop_after_no_gain: int = 0
+    """Evaluations in a row that are no better than the best before them, after which the run ends and is exported; 0 =
+    it goes on to its last step. The evaluation before the first step does not count."""
+    gain_figure: str = ""
+    """Figure of the evaluation by which `stop_after_no_gain` counts; "" = that of `checkpoint.keep_best`, or eval/loss
+    where that names none."""
+    certify: bool = False
+    """Write certificate.json at the end, as `omnitune certify` does; the run fails where a line of it fails."""
     precision: Precision = Precision.bf16
     """Precision of the computation; master weights and moments are always fp32."""
     activation_checkpointing: CheckpointingOptions = field(default_factory=CheckpointingOptions)
@@ -270,6 +312,9 @@ class RunOptions:
     """Head and loss by Liger's fused kernel (CUDA, liger-kernel from 0.8.2 on) in place of the built-in chunks."""
     deterministic: bool = False
     """Refuse CUDA operations whose result varies from run to run."""
+    predict_memory: bool | None = None
+    """Say at the start how much memory the largest pack is expected to need, and write it to metrics.jsonl beside what
+    was needed; about 15 s of a core at 4 billion parameters, a few at the tiny size; null = on GPUs."""
     peak_tflops: float | None = None
     """Dense 10^12 floating-point operations a second that one device can do at most, for the MFU in metrics.jsonl;
     null = the data sheet's for known GPUs in bf16, and no MFU elsewhere."""
@@ -316,12 +361,16 @@ class ExportOptions:
 
 @dataclass
 class TrackerOptions:
-    name: Tracker = Tracker.wandb
-    """Set by the `tracker` group."""
+    wandb: bool = False
+    """Weights & Biases. The `tracker` group sets this and the next two: tracker=[wandb,tensorboard], tracker=none."""
+    tensorboard: bool = False
+    """Event files in the run's folder, in tensorboard/."""
+    mlflow: bool = False
+    """MLflow, at the address in MLFLOW_TRACKING_URI; where that is not set, mlflow/mlflow.db in the run's folder."""
     project: str = "omnitune"
-    """W&B project."""
+    """W&B project, or experiment in MLflow."""
     tags: list[str] = field(default_factory=list)
-    """W&B tags of the run."""
+    """Tags of the run in W&B and MLflow."""
 
 
 @dataclass

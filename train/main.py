@@ -16,10 +16,12 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from train.commands.options import message_for_known_error, register, typed  # noqa: E402
+from train.commands.sweep import Sweep  # noqa: E402
 from train.launcher.failure import STOPPED, report_failure  # noqa: E402
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors, and does not print them on every rank
 register()
+sweep = Sweep()
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
@@ -27,18 +29,24 @@ register()
 def main(config: DictConfig) -> None:
     """Train as the options say, and export the result."""
     hydra_config = HydraConfig.get()
+    if hydra_config.mode is RunMode.MULTIRUN:
+        sweep.run(__file__, hydra_config.overrides.task, config.run.dir)
+        return
     options, resolved = typed(config, hydra_config.overrides.task)
-    if hydra_config.mode is RunMode.MULTIRUN:  # each job of a sweep has a folder of its own
-        options.run.dir = resolved["run"]["dir"] = f"{options.run.dir}-{hydra_config.job.num}"
 
+    from train.commands.certify import certify_apart
     from train.engine.accelerator import close
     from train.engine.build import build
+    from train.preflight.expected import Expectation
 
-    run = build(options, resolved)
-    run.stop.listen()
-    is_done = run.trainer.fit()
+    expectation = Expectation(options)
+    with expectation.explained():
+        run = build(options, resolved, expectation)
+        is_main = run.accelerator.is_main_process
+        run.stop.listen()
+        is_done = run.trainer.fit()
     folder = run.export() if is_done else None
-    if run.accelerator.is_main_process:
+    if is_main:
         if run.was_finished:
             said = f"the run is finished, there is nothing left to train; its model is in {folder}"
         elif folder:
@@ -50,8 +58,11 @@ def main(config: DictConfig) -> None:
     close(run.accelerator)
     if not is_done:
         sys.exit(STOPPED)
+    if is_main and options.run.certify and not (run.was_finished and run.folder.certificate.exists()):
+        certify_apart(run.folder)
 
 
 if __name__ == "__main__":
     with report_failure(message_for_known_error):  # Hydra's own faults too
         main()
+        sweep.close()

@@ -23,7 +23,7 @@ class RunFolder:
 
     @property
     def environment(self) -> Path:
-        """Versions, commit, command, ranks and device."""
+        """Versions, commit, command and its working folder, planned steps, ranks and device."""
         return self.path / "environment.json"
 
     @property
@@ -60,6 +60,21 @@ class RunFolder:
     def export(self) -> Path:
         """The model folder that was trained."""
         return self.path / "export"
+
+    @property
+    def lock(self) -> Path:
+        """Held for as long as the run goes on."""
+        return self.path / ".lock"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows how the run goes."""
+        return self.path / "report.html"
+
+    @property
+    def certificate(self) -> Path:
+        """What `omnitune certify` has found."""
+        return self.path / "certificate.json"
 
     def link_latest(self) -> None:
         """Let `latest` beside it be a relative link to it; does nothing where links cannot be made."""

@@ -12,10 +12,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
@@ -29,8 +31,41 @@ KINDS: tuple[Kind, ...] = ("image", "audio")
 TooLong = Literal["quarantine", "cut_text"]
 """What becomes of a record that is too long: set aside, or its text shortened from the end."""
 
-MediaSource = str | bytes
+MediaFile = str | bytes
 """A picture or recording: the path of a file, or the encoded file itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of a recording, in seconds from the recording's start."""
+
+    file: MediaFile
+    start_s: float = 0.0
+    end_s: float | None = None
+    """None: the recording's end"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """A stretch of a recording that is too long for its tower as a whole, in samples at 16 kHz."""
+
+    source: MediaFile | Span
+    begin: int
+    end: int
+    total: int
+    """samples of the whole recording"""
+    clip: np.ndarray | None = None
+    """float32 (end - begin,): its samples; None where only headers were read, and `begin` and `end` are provisional"""
+
+
+MediaSource = MediaFile | Span | Window
+
+
+def file_of(source: MediaSource) -> MediaFile:
+    """The file that an image or a recording comes from."""
+    while not isinstance(source, MediaFile):
+        source = source.source if isinstance(source, Window) else source.file
+    return source
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +236,25 @@ class Batch:
         return Batch(**changed)
 
 
+class Changes(Protocol):
+    """Random changes of a record's media in training. They are drawn in the order in which media are decoded."""
+
+    speed: float
+    """of all its clips; it changes their lengths"""
+
+    def sound(self, clip: np.ndarray, samples: int) -> np.ndarray:
+        """A clip at 16 kHz as it is heard: float32 (samples,), its length at that speed."""
+        ...
+
+    def mel(self, mel: Tensor) -> Tensor:
+        """The log-mel frames of a clip, (frames, bins)."""
+        ...
+
+    def picture(self, picture: "Image") -> "Image":
+        """An RGB image of the same size."""
+        ...
+
+
 class Processor(Protocol):
     """A model folder's way from records to samples: tokenizer, chat template, and media if its model takes any."""
 
@@ -208,23 +262,39 @@ class Processor(Protocol):
     system_prompt: str | None
     """Put first where a conversation has no system turn; None takes the family's, "" none."""
     long_audio: str
-    """What becomes of a clip that is longer than the model takes: `quarantine` or `cut`."""
+    """What becomes of a clip that is longer than the model takes: `quarantine`, `cut` or `split`."""
 
     @property
     def roles(self) -> Collection[str]:
         """The roles that a conversation may have."""
         ...
 
-    def measure(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Lengths:
-        """The lengths that `encode` will give, from headers alone; BadRecord where it would fail for its length."""
+    def measure(
+        self,
+        record: Record,
+        *,
+        max_tokens: int | None = None,
+        too_long: TooLong = "quarantine",
+        speed: float = 1.0,
+    ) -> Lengths:
+        """The lengths that `encode` will give with clips at that speed, from headers alone; BadRecord where it would
+        fail for its length.
+        """
         ...
 
     def outline(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Outline:
         """The tokens and the places of media that `encode` will give, from headers alone; BadRecord as in `measure`."""
         ...
 
-    def encode(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Sample:
-        """The record with its media decoded; BadRecord if it is too long, or a medium cannot be used."""
+    def encode(
+        self,
+        record: Record,
+        *,
+        max_tokens: int | None = None,
+        too_long: TooLong = "quarantine",
+        changes: Changes | None = None,
+    ) -> Sample:
+        """The record with its media decoded, and changed; BadRecord if it is too long, or a medium cannot be used."""
         ...
 
     def prompt(self, record: Record, *, max_tokens: int | None = None) -> Sample:

@@ -4,6 +4,7 @@ from itertools import count
 from pathlib import Path
 
 from train.config import Options, SourceOptions
+from train.data.augment import Augmentation, Augmenter
 from train.data.record_set import RecordSet, SourceSpec
 from train.data.workers import Workers
 from train.errors import ConfigError
@@ -39,8 +40,10 @@ def load_processor(options: Options, family: Family, folder: Path) -> Processor:
     return processor
 
 
-def open_records(options: Options, sources: list[SourceOptions], processor: Processor) -> RecordSet:
-    """The records of the sources, bounded and read as the data options say."""
+def open_records(
+    options: Options, sources: list[SourceOptions], processor: Processor, *, speed: float = 1.0
+) -> RecordSet:
+    """The records of the sources, bounded and read as the data options say; speed: at which they are measured."""
     data = options.data
     return RecordSet(
         source_specs(sources),
@@ -48,4 +51,17 @@ def open_records(options: Options, sources: list[SourceOptions], processor: Proc
         max_tokens=data.max_tokens,
         too_long=data.too_long.value,
         workers=Workers(data.workers, data.prefetch, data.decode_limit_s),
+        speed=speed,
     )
+
+
+def make_augmenter(options: Options) -> Augmenter | None:
+    """What changes media in training; None where nothing does. OmniTuneError where torchaudio is needed and absent."""
+    of_sources = augmentations(options)
+    return Augmenter(of_sources, options.run.seed) if any(of_sources) else None
+
+
+def augmentations(options: Options) -> list[Augmentation | None]:
+    """What is changed in the media of each source of training; None where nothing is."""
+    found = [Augmentation(**vars(source.augment or options.data.augment)) for source in options.data.train]
+    return [settings if settings.is_on else None for settings in found]

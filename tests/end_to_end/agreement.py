@@ -49,10 +49,11 @@ def answers(model: Any, processor: Any, conversations: list[list[dict[str, Any]]
         batch = processor.prompts([messages], max_tokens=model.config.max_position_embeddings)
         [greedy] = model.generate(batch, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False)
         ids = torch.cat([batch.input_ids, greedy])
+        after = batch.position_ids.max() + 1 + torch.arange(len(greedy))
         whole = replace(
             batch,
             input_ids=ids,
-            position_ids=torch.arange(len(ids)),
+            position_ids=torch.cat([batch.position_ids, after.expand(*batch.position_ids.shape[:-1], -1)], dim=-1),
             cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
         )
         log_probabilities = model.logits(whole).float().log_softmax(-1)[:-1].gather(1, ids[1:, None])

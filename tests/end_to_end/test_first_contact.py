@@ -52,16 +52,6 @@ def test_the_folder_is_named_and_linked_and_a_finished_run_stays_as_it_is(
     assert (coded.export() / "modeling_megrezo.py").is_file()
 
 
-def test_each_job_of_a_sweep_has_its_own_folder(tmp_path: Path) -> None:
-    model = write_small_model(tmp_path)
-    common = [*write_records(tmp_path), *SHORT, f"model.random_from={model}", "+recipe=lora", "tracker=none"]
-    said = succeed(["-m", *common, f"run.dir={tmp_path / 'run'}", "lora.rank=2,4"]).stderr
-    for job, rank in enumerate((2, 4)):
-        adapter = tmp_path / f"run-{job}" / "export" / "adapter" / "adapter_config.json"
-        assert json.loads(adapter.read_text())["r"] == rank
-        assert f"exported to {tmp_path / f'run-{job}' / 'export'}" in said
-
-
 def test_one_bad_record_does_not_end_a_small_set(tmp_path: Path) -> None:
     model = write_small_model(tmp_path)
     lines = (SAMPLE / "train.jsonl").read_text(encoding="utf-8").splitlines()

@@ -50,6 +50,7 @@ def test_the_folder_holds_what_is_promised(run: Path) -> None:
         "checkpoints",
         "initial_model",
         "predictions",
+        "report.html",
         "export",
         "wandb",
     }

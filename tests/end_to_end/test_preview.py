@@ -161,5 +161,5 @@ def test_what_cannot_be_used_is_listed_and_nothing_overflows(page: "playwright.P
 def test_a_page_that_cannot_be_written(words: list[str], tmp_path: Path) -> None:
     done = launch(["omnitune", "preview", *words, "--out", str(tmp_path / "none" / "p.html")], script="-m")
     assert done.returncode == 1
-    assert "error: --out: " in done.stderr
+    assert "p.html' cannot be written" in done.stderr
     assert "name another file" in done.stderr

@@ -59,7 +59,13 @@ def go_back(run: Path, step: int) -> Path:
         ("none", 1, ["run.precision=bf16"]),
         ("none", 1, ["run.precision=bf16", "optim.name=adamw_8bit"]),
         ("ddp", 2, ["run.precision=bf16", "optim.name=muon"]),
-        ("ddp", 2, ["lora=lora", "lora.modules=[llm]", "lora.dropout=0.2"]),
+        (
+            *("ddp", 2),
+            [
+                *("lora=lora", "lora.modules=[llm]", "lora.dropout=0.2", "data.augment.speed=[0.9,1,1.1]"),
+                *("data.augment.noise_db=[0,20]", "data.augment.time_mask=20", "data.augment.color=0.3"),
+            ],
+        ),
         ("zero2", 2, ["run.precision=bf16"]),
         ("zero3", 2, ["lora=lora", "lora.modules=[llm]", "lora.dropout=0.2", "run.precision=bf16"]),
         ("zero3_offload", 2, []),

@@ -22,11 +22,23 @@ from PIL import Image
 
 from tests.builders import randomize
 from tests.end_to_end import agreement
-from tests.runs import ROOT, SAMPLE, build_here, clean_environment, environment_python, trained_model
+from tests.runs import (
+    ROOT,
+    SAMPLE,
+    build_here,
+    clean_environment,
+    environment_python,
+    trained_model,
+    write_small_model,
+)
+from tests.unit.certificate.test_certify import LORA, finished_run
 from tests.unit.data.builders import by_av, tone
+from train.certificate.exported import export_lines
 from train.commands.main import main
+from train.commands.options import read_options
 from train.export.model_folder import copy_side_files
 from train.families.registry import find
+from train.sources import load_processor, open_records
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1200)]
 
@@ -137,13 +149,22 @@ def texts() -> list[list[dict[str, Any]]]:
 
 
 def check_agreement(
-    python: Path, export: Path, model: Any, processor: Any, conversations: list[list[dict[str, Any]]], folder: Path
+    python: Path,
+    export: Path,
+    model: Any,
+    processor: Any,
+    conversations: list[list[dict[str, Any]]],
+    folder: Path,
+    **options: str,
 ) -> None:
-    """Insist that vLLM's offline API gives for the export the tokens and log-probabilities of the model."""
+    """Insist that vLLM's offline API gives for the export the tokens and log-probabilities of the model.
+
+    options: those of the processor that vLLM is started with.
+    """
     asked, answered = folder / "asked.json", folder / "answered.json"
     asked.write_text(json.dumps(conversations))
     script = ROOT / "tests" / "end_to_end" / "vllm_answers.py"
-    command = [python, script, export, asked, answered, str(agreement.NEW_TOKENS)]
+    command = [python, script, export, asked, answered, str(agreement.NEW_TOKENS), json.dumps(options)]
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
@@ -159,8 +180,16 @@ def check_agreement(
 
 
 def test_the_offline_api_agrees_with_our_model(python: Path, model: Path, tmp_path: Path) -> None:
+    """A recording of 95 s, with clips around it, in windows as everywhere."""
     family = find(model)
-    check_agreement(python, model, family.load_model(model).eval(), family.load_processor(model), mixed(), tmp_path)
+    processor = family.load_processor(model)
+    processor.long_audio = "split"
+    short, long = clip(0.31), clip(95)
+    split = [[said("user", short, long, clip(1.7), "What?"), said("assistant", "blue"), said("user", short, "And?")]]
+    conversations = [*mixed(), *split]
+    check_agreement(
+        python, model, family.load_model(model).eval(), processor, conversations, tmp_path, long_audio="split"
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,6 +197,7 @@ def test_the_offline_api_agrees_with_our_model(python: Path, model: Path, tmp_pa
     [
         pytest.param(["+recipe=full"], held_out, id="omni-full"),
         pytest.param(["+recipe=lora"], held_out, id="omni-lora"),
+        pytest.param(["model=tiny_qwen_omni"], held_out, id="qwen-omni"),
         pytest.param(["model=tiny_instruct", "data=text"], texts, id="instruct-full"),
         pytest.param(["model=tiny_minicpm", "data=text", "lora=lora"], texts, id="minicpm-lora"),
     ],
@@ -181,6 +211,20 @@ def test_exports_say_what_was_trained(
     trained = trained_model(run)
     export = run.export()
     check_agreement(python, export, trained, run.records.processor, conversations(), tmp_path)
+
+
+def test_a_certificate_looks_at_vllm(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    run = finished_run(folder, write_small_model(folder), *LORA, media=True)
+    options = read_options(run.config)
+    records = open_records(options, options.data.train, load_processor(options, find(run.export), run.export))
+    line = export_lines(options, run.initial_model, run, records, python)[2]
+    assert line.passed, line.why
+    assert line.figure is not None
+    assert line.figure > 0
 
 
 @pytest.fixture(scope="module")

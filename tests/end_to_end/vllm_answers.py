@@ -1,9 +1,10 @@
 """Run by the vLLM environment's Python: what vLLM's offline API makes of conversations, any model folder's.
 
-vllm_answers.py MODEL CONVERSATIONS.json ANSWERS.json TOKENS
+vllm_answers.py MODEL CONVERSATIONS.json ANSWERS.json TOKENS OPTIONS
 
-CONVERSATIONS.json lists conversations of OpenAI messages. All are answered greedily in float32, with TOKENS tokens, as
-one batch, then in reverse order from vLLM's caches. For each conversation ANSWERS.json has
+CONVERSATIONS.json lists conversations of OpenAI messages, and OPTIONS is a JSON object, of the model's processor. All
+are answered greedily in float32, with TOKENS tokens, as one batch, then in reverse order from vLLM's caches. For each
+conversation ANSWERS.json has
 
     prompt_ids, prompt_logprobs   of all tokens of the prompt but the first
     ids, logprobs                 of the answer
@@ -19,9 +20,10 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 
-def main(model: str, conversations: str, answers: str, tokens: str) -> None:
+def main(model: str, conversations: str, answers: str, tokens: str, options: str) -> None:
     """Answer the conversations, and write what was answered."""
-    llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=2048, block_size=32)
+    processing = {"mm_processor_kwargs": json.loads(options)} if json.loads(options) else {}
+    llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=4096, block_size=32, **processing)
     messages = json.loads(Path(conversations).read_text(encoding="utf-8"))
     greedy: dict[str, Any] = {"temperature": 0.0, "min_tokens": int(tokens), "max_tokens": int(tokens), "logprobs": 0}
     first = llm.chat(messages, SamplingParams(**greedy, prompt_logprobs=0), use_tqdm=False)

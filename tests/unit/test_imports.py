@@ -27,15 +27,20 @@ OURS = {
     "train.modules": BASE | {"train.modules"},
     "train.families": BASE | {"train.families", "train.data", "train.modules"},
     "train.auto": BASE | {"train.families", "train.data", "train.modules"},
+    "train.pages": BASE | {"train.pages", "train.data"},
     "train.sources": BASE | {"train.config", "train.families", "train.data"},
     "train.export": BASE
     | {"train.export", "train.config", "train.checks", "train.families", "train.data", "train.modules"},
     "train.inference": BASE | {"train.inference", "train.auto", "train.families", "train.data", "train.modules"},
+    "train.report": BASE
+    | {"train.report", "train.config", "train.sources", "train.pages", "train.inference", "train.data"},
     "train.engine": BASE
     | {
         "train.config",
         "train.checks",
         "train.sources",
+        "train.pages",
+        "train.report",
         "train.engine",
         "train.export",
         "train.inference",
@@ -43,11 +48,14 @@ OURS = {
     }
     | {"train.data", "train.modules"},
 }
+OURS["train.certificate"] = OURS["train.engine"] | {"train.certificate"}
 OURS["train.preflight"] = OURS["train.engine"] | {"train.preflight"}
 ONLY_IN = {
     "accelerate": ("train.engine",),
     "deepspeed": ("train.engine",),
     "wandb": ("train.engine.tracking",),
+    "tensorboard": ("train.engine.tracking",),
+    "mlflow": ("train.engine.tracking",),
     "peft": ("train.modules.adapters",),
     "hydra": ("train.commands", "train.main"),
     "gradio": ("train.inference.demo",),
@@ -125,7 +133,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
     assert {PACKAGES.get(name, name) for name in used} - {"train", "omnitune", "vllm"} <= names
 
 
-PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra_core"}
+PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra_core", "mlflow": "mlflow_skinny"}
 """Packages whose module has another name."""
 
 MODEL_NAMES = re.compile(r"megrez|minicpm|llama|granite", re.I)

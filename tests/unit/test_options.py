@@ -34,7 +34,9 @@ def leaves(kind: type, prefix: str = "") -> list[str]:
 
 
 def test_these_are_the_recipes() -> None:
-    assert RECIPE_NAMES == ["align", "full", "lora", "minicpm_lora", "minicpm_qlora", "qlora", "websearch"]
+    assert [
+        *("align", "asr", "full", "lora", "minicpm_lora", "minicpm_qlora", "qlora", "spoken_qa", "vqa", "websearch")
+    ] == RECIPE_NAMES
 
 
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)

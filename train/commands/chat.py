@@ -33,8 +33,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", action="append", default=[], help="image file; may be given several times")
     parser.add_argument("--audio", action="append", default=[], help="audio file; may be given several times")
     parser.add_argument("--system", help="system turn in place of the model's own")
+    long_audio_argument(parser)
     parser.add_argument("--search", type=Path, help="folder of texts (.txt, .md) that the model may search")
     generation_arguments(parser)
+
+
+def long_audio_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare what becomes of long recordings."""
+    parser.add_argument(
+        "--long-audio",
+        choices=["quarantine", "cut", "split"],
+        help="what happens to an audio clip over 30 s, as data.long_audio in training (default: it is refused)",
+    )
 
 
 def generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +71,7 @@ def run(chosen: argparse.Namespace) -> None:
     from train.inference.search import LocalSearch
 
     options = generation_options(chosen)
-    chat = Chat.load(model_in(chosen.model), system_prompt=chosen.system)
+    chat = Chat.load(model_in(chosen.model), system_prompt=chosen.system, long_audio=chosen.long_audio)
     question = {"text": chosen.text, "image": chosen.image, "audio": chosen.audio}
     answer: _Answer = partial(chat.answer, **options)
     if chosen.search:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from train.commands.chat import generation_arguments, generation_options
+from train.commands.chat import generation_arguments, generation_options, long_audio_argument
 from train.errors import OmniTuneError
 from train.run_folder import model_in
 
@@ -15,6 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=_port, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="also a public link, through Gradio's servers")
     parser.add_argument("--system", help="system turn in place of the model's own")
+    long_audio_argument(parser)
     generation_arguments(parser)
 
 
@@ -28,7 +29,7 @@ def run(chosen: argparse.Namespace) -> None:
         raise OmniTuneError(f"the demo needs Gradio ({error}); install it: pip install 'omnitune[demo]'") from None
 
     options = generation_options(chosen)
-    chat = Chat.load(model_in(chosen.model), system_prompt=chosen.system)
+    chat = Chat.load(model_in(chosen.model), system_prompt=chosen.system, long_audio=chosen.long_audio)
     serve(
         page(chat, title=f"OmniTune: {chosen.model}", **options), host=chosen.host, port=chosen.port, share=chosen.share
     )

@@ -36,9 +36,9 @@ def run(chosen: argparse.Namespace) -> None:
     from train.checks import check_evaluation
     from train.engine.accelerator import close, make_accelerator
     from train.engine.build_data import length_cache, make_evaluator
-    from train.engine.evaluator import write_predictions
     from train.engine.measuring import measure_alike
     from train.families.registry import find
+    from train.inference.predictions import write_predictions
     from train.sources import load_processor, open_records
 
     check_evaluation(options)

@@ -10,6 +10,7 @@ from train.errors import CheckpointError
 if TYPE_CHECKING:
     from train.config import Options
     from train.data.record_set import RecordSet
+    from train.run_folder import RunFolder
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--with-code", action="store_true", help="add the model's code: loads without OmniTune (trust_remote_code=True)"
     )
     parser.add_argument("--data", type=Path, help="records to check the export by; default: the run's own")
+    parser.add_argument("--push", metavar="NAME", help="upload it to the Hub as NAME (user/model), with a model card")
+    parser.add_argument("--public", action="store_true", help="let --push make a public repository; default: private")
     parser.add_argument("--root", type=Path, help="folder of the media of --data; default: the file's own")
 
 
@@ -33,6 +36,9 @@ def run(chosen: argparse.Namespace) -> None:
     """Export, check, and say where to."""
     from train.export.convert import convert
 
+    if chosen.push:
+        _push(chosen)
+        return
     if chosen.out:
         _check_free(chosen.out)
     if not chosen.form:
@@ -50,11 +56,49 @@ def run(chosen: argparse.Namespace) -> None:
     print(f"converted to {chosen.out}")
 
 
+def _push(chosen: argparse.Namespace) -> None:
+    """Upload the export of a run, which is made where it is not there yet."""
+    from train.export.from_checkpoint import is_export_of
+    from train.export.push import Source, check_push, model_card, push
+    from train.sources import source_specs
+
+    if chosen.form:
+        raise CheckpointError("--push uploads the export of a run, and not another form of it; leave out --as")
+    token = check_push(chosen.push)
+    checkpoint, folder, options, base = _run_of(chosen)
+    out = chosen.out or folder.export
+    if not is_export_of(checkpoint, out, options):
+        _export(chosen, chosen.out)
+    sources = []
+    for held_out, given in ((False, options.data.train), (True, options.data.eval)):
+        for spec in source_specs(given):
+            sources.append(Source(spec.name, _count(spec.path, spec.format), held_out))
+    card = model_card(options, base, folder, out, sources)
+    print(f"pushed {out} to {push(out, chosen.push, card, token=token, public=chosen.public)}")
+
+
+def _count(path: str, form: str) -> int | None:
+    """The records of a file; None where it is gone."""
+    from train.data.readers import open_source
+
+    return len(open_source(path, form)) if Path(path).is_file() else None
+
+
 def _export(chosen: argparse.Namespace, out: Path | None) -> tuple[Path, Path]:
     """Write a model folder; returns the checkpoint that it was made of, and the folder."""
+    from train.export.from_checkpoint import export_checkpoint
+
+    checkpoint, folder, options, base = _run_of(chosen)
+    out = out or folder.export
+    _check_free(out)
+    export_checkpoint(options, base, checkpoint, out, _records(options, base, chosen.data, chosen.root))
+    return checkpoint, out
+
+
+def _run_of(chosen: argparse.Namespace) -> "tuple[Path, RunFolder, Options, Path]":
+    """The checkpoint that is meant, its run's folder and options, and the model that the run started from."""
     from train.commands.options import read_options
     from train.export.checkpoint_reader import newest_whole
-    from train.export.from_checkpoint import export_checkpoint
     from train.run_folder import RunFolder
 
     checkpoint = newest_whole(chosen.checkpoint)
@@ -64,10 +108,7 @@ def _export(chosen: argparse.Namespace, out: Path | None) -> tuple[Path, Path]:
     options = read_options(folder.config)
     options.export.with_code |= chosen.with_code
     base = Path(options.model.path) if options.model.path else folder.initial_model
-    out = out or folder.export
-    _check_free(out)
-    export_checkpoint(options, base, checkpoint, out, _records(options, base, chosen.data, chosen.root))
-    return checkpoint, out
+    return checkpoint, folder, options, base
 
 
 def _check_free(out: Path) -> None:

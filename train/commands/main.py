@@ -7,19 +7,22 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from train.commands import chat, demo, doctor, evaluate, export, plan, preview
+from train.commands import certify, chat, compare, demo, doctor, evaluate, export, plan, preview, report
 from train.errors import message_for_user
 from train.families.family import quieten_transformers
 from train.launcher.failure import report_failure
 
 COMMANDS: dict[str, ModuleType] = {
+    "certify": certify,
     "chat": chat,
+    "compare": compare,
     "demo": demo,
     "doctor": doctor,
     "evaluate": evaluate,
     "export": export,
     "plan": plan,
     "preview": preview,
+    "report": report,
 }
 
 

@@ -59,6 +59,7 @@ _RENAMED = {
     "run.keep_best": "checkpoint.keep_best",
     "run.eval_every": "eval.every",
     "run.export_with_code": "export.with_code",
+    "tracker.name": "tracker",
 }
 """Options that had another name."""
 
@@ -157,6 +158,8 @@ def read_options(file: Path) -> Options:
 def _with_new_names(values: Any) -> DictConfig:
     """A run's options, those of an earlier version under their names of today."""
     config = OmegaConf.create(values)
+    if config.get("tracker", {}).pop("name", None) == "wandb":
+        config.tracker.wandb = True
     for old, new in _RENAMED.items():
         group, _, name = old.partition(".")
         if name in config.get(group, {}):

@@ -23,6 +23,7 @@ def run(chosen: argparse.Namespace) -> None:
 
     from train.checks import check_reading
     from train.engine.accelerator import quieten
+    from train.pages.page import write_page
     from train.preflight.prepare import prepare
     from train.preflight.preview import preview
 
@@ -30,9 +31,5 @@ def run(chosen: argparse.Namespace) -> None:
     check_reading(options)
     command = shlex.join(["omnitune", "preview", *chosen.options])
     page = preview(prepare(options), each=chosen.records, command=command)
-    try:
-        # A file's name may hold bytes that are no text.
-        chosen.out.write_text(page, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise OmniTuneError(f"--out: '{chosen.out}' cannot be written ({error}); name another file") from None
+    write_page(chosen.out, page)
     print(f"open {chosen.out.absolute().as_uri()}")

@@ -9,9 +9,9 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
-from math import ceil
+from math import ceil, gcd
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
-from train.data.media import head_of, header_of, reading
+from train.data.media import head_of, header_of, medium_name, reading
 from train.errors import BadRecord
-from train.schema import MediaSource
+from train.schema import MediaSource, Span, Window, file_of
 
 SAMPLE_RATE = 16_000
 """Samples a second of every clip that is handed on."""
@@ -45,6 +45,9 @@ _BLOCK = 2**20
 _PACKET = 2**26
 """Largest packet in bytes that FFmpeg decodes: a few seconds of many channels fit."""
 
+_RUN_UP_S = 0.5
+"""Seconds before a span from which it is decoded: some decoders need a few packets before their sound is right."""
+
 _CHANNELS = 64
 """Most channels that FFmpeg converts."""
 
@@ -64,18 +67,30 @@ def clip_samples(seconds: float) -> int:
     return ceil(round(seconds * SAMPLE_RATE, 3))
 
 
-def clip_length(source: MediaSource) -> int:
-    """Samples at 16 kHz of a recording, from its header; BadRecord if it cannot be read."""
-    with _reading(source) as file, header_of(file) as header:
-        seconds = _header(header).seconds
-        if seconds is None or not 0 <= seconds < MAX_SECONDS:
-            raise BadRecord("its header states no length; convert it to WAV, or to FLAC in a file")
-        return clip_samples(seconds)
+def speed_ratio(speed: float) -> tuple[int, int]:
+    """From which to which sampling rate a clip is resampled to run at that speed, in lowest terms.
+
+    >>> speed_ratio(0.9)
+    (9, 10)
+    """
+    rate = round(speed * SAMPLE_RATE)
+    shared = gcd(rate, SAMPLE_RATE)
+    return rate // shared, SAMPLE_RATE // shared
+
+
+def samples_at(speed: float, samples: int) -> int:
+    """Samples that a clip of so many has at that speed.
+
+    >>> samples_at(0.9, 16_000)
+    17778
+    """
+    rate, own = speed_ratio(speed)
+    return -(-samples * own // rate)
 
 
 @dataclass(frozen=True, slots=True)
 class ClipHeader:
-    """What a recording's header says."""
+    """What a recording's header says; of a span, with the span's length."""
 
     seconds: float | None
     rate: int
@@ -83,14 +98,32 @@ class ClipHeader:
     channels: int
 
 
+def clip_length(source: MediaSource) -> int:
+    """Samples at 16 kHz of a recording, from its header; BadRecord if it cannot be read."""
+    if isinstance(source, Window):
+        return source.end - source.begin
+    seconds = clip_header(source).seconds
+    if seconds is None or not 0 <= seconds < MAX_SECONDS:
+        raise BadRecord(
+            f"{medium_name('audio', file_of(source))}: its header states no length; convert it to WAV, or to FLAC in a "
+            "file"
+        )
+    return clip_samples(seconds)
+
+
 def clip_header(source: MediaSource) -> ClipHeader:
-    """What a recording's header says; BadRecord if it cannot be read."""
-    with _reading(source) as file, header_of(file) as header:
-        return _header(header)
+    """What a recording's header says; BadRecord if it cannot be read, or a span does not lie in it."""
+    source = source.source if isinstance(source, Window) else source
+    with _reading(source) as file, header_of(file) as opened:
+        header = _header(opened)
+        if not isinstance(source, Span) or header.seconds is None:
+            return header
+        begin, end = _stretch(source, header.seconds, header.rate)
+        return replace(header, seconds=(end - begin) / header.rate)
 
 
 def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray:
-    """The recording, mono at 16 kHz: float32 (samples,).
+    """The recording, mono at 16 kHz: float32 (samples,). Of a span, nothing that lies after it is decoded.
 
     Args:
         max_samples: decode no more than about this many samples (at 16 kHz); None decodes everything.
@@ -98,13 +131,19 @@ def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray
     Raises:
         BadRecord: if it cannot be decoded.
     """
+    if isinstance(source, Window):
+        return load_clip(source.source)[source.begin : source.end] if source.clip is None else source.clip
     with _reading(source) as file:
         try:
             with _opened_by_sndfile(file) as sound:
                 rate = sound.samplerate
-                decoded = _decode_by_sndfile(sound, _frames(max_samples, rate))
+                begin, frames = _to_decode(source, sound.frames / rate, rate, max_samples)
+                run_up = min(begin, int(_RUN_UP_S * rate))
+                if begin:
+                    sound.seek(begin - run_up)
+                decoded = _decode_by_sndfile(sound, frames + run_up if frames >= 0 else frames)[run_up:]
         except soundfile.LibsndfileError:
-            decoded, rate = _decode_by_av(file, max_samples)
+            decoded, rate = _decode_by_av(file, source, max_samples)
         return resampled(decoded, rate)
 
 
@@ -123,7 +162,8 @@ def load_fitted(source: MediaSource, samples: int, *, is_cut: bool = False) -> n
 
 def name_of(source: MediaSource) -> str:
     """What a message calls a recording."""
-    return f"'{source}'" if isinstance(source, str) else "(embedded)"
+    file = file_of(source)
+    return f"'{file}'" if isinstance(file, str) else "(embedded)"
 
 
 def resampled(decoded: np.ndarray, rate: int) -> np.ndarray:
@@ -169,10 +209,13 @@ def _header(header: Any) -> ClipHeader:
             return ClipHeader(sound.frames / sound.samplerate, sound.samplerate, sound.channels)
     except soundfile.LibsndfileError:
         with _opened_by_av(header) as (container, stream):
-            seconds = None if container.duration is None else container.duration / 1e6
-            if stream.duration is not None:
-                seconds = float(stream.duration * stream.time_base)
-            return ClipHeader(seconds, stream.rate, stream.codec_context.channels)
+            return ClipHeader(_seconds(container, stream), stream.rate, stream.codec_context.channels)
+
+
+def _seconds(container: Any, stream: Any) -> float | None:
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    return None if container.duration is None else container.duration / 1e6
 
 
 def _by_soxr(clip: np.ndarray, rate: int) -> np.ndarray:
@@ -186,14 +229,29 @@ def _by_soxr(clip: np.ndarray, rate: int) -> np.ndarray:
     return soxr.resample(clip, rate, SAMPLE_RATE)
 
 
-def _frames(max_samples: int | None, rate: int) -> int:
-    """Frames to decode at `rate` for so many samples at 16 kHz, with a margin for the resampler; -1 = all."""
-    return -1 if max_samples is None else int((max_samples / SAMPLE_RATE + 0.5) * rate)
+def _stretch(span: Span, seconds: float, rate: int) -> tuple[int, int]:
+    """The first frame of a span and the one after its last; BadRecord where the recording is over before."""
+    end_s = seconds if span.end_s is None else span.end_s
+    tolerance, _ = CLIP_TOLERANCE
+    if end_s > seconds + tolerance or span.start_s >= seconds:
+        raise BadRecord(
+            f"its span goes from {span.start_s:g} to {end_s:g} s, and it has {seconds:.2f} s; correct start_s and end_s"
+        )
+    return round(span.start_s * rate), round(min(end_s, seconds) * rate)
+
+
+def _to_decode(source: MediaSource, seconds: float | None, rate: int, max_samples: int | None) -> tuple[int, int]:
+    """The first frame to decode, and how many, with a margin for the resampler; -1 = all."""
+    most = -1 if max_samples is None else int((max_samples / SAMPLE_RATE + 0.5) * rate)
+    if not isinstance(source, Span) or seconds is None:
+        return 0, most
+    begin, end = _stretch(source, seconds, rate)
+    return begin, end - begin if most < 0 else min(end - begin, most)
 
 
 @contextmanager
 def _reading(source: MediaSource) -> Iterator[Any]:
-    with reading("audio", source, "replace it by a valid WAV or FLAC", buffering=0) as file:
+    with reading("audio", file_of(source), "replace it by a valid WAV or FLAC", buffering=0) as file:
         if head_of(file, 4) == b"OggS":
             _check_one_link(file)
         yield file
@@ -289,20 +347,27 @@ def _opened_by_av(file: Any) -> Iterator[tuple[Any, Any]]:
         ) from None
 
 
-def _decode_by_av(file: Any, max_samples: int | None) -> tuple[np.ndarray, int]:
+def _decode_by_av(file: Any, source: MediaSource, max_samples: int | None) -> tuple[np.ndarray, int]:
     """Mono samples, float32, and their rate."""
     with _opened_by_av(file) as (container, stream):
         # Not planes: PyAV reads those from the eighth on out of memory that is not theirs.
         to_packed = _av().AudioResampler(format="flt")
-        rate, limit = stream.rate, _frames(max_samples, stream.rate)
-        pieces, total = [], 0
+        rate = stream.rate
+        begin, limit = _to_decode(source, _seconds(container, stream), rate, max_samples)
+        if begin:
+            container.seek(max(int((begin / rate - _RUN_UP_S) / stream.time_base), 0), stream=stream)
+        pieces, total, to_drop = [], 0, None
         for packet in container.demux(stream):
             if packet.size > _PACKET:
                 raise BadRecord(f"a packet of it has {packet.size} bytes, more than {_PACKET}; convert it to WAV")
             for frame in packet.decode():
+                if to_drop is None:
+                    to_drop = max(begin - round((frame.time or 0) * rate), 0) if begin else 0
                 for packed in to_packed.resample(frame):
-                    pieces.append(packed.to_ndarray().reshape(packed.samples, -1).mean(axis=1))
-                    total += packed.samples
+                    piece = packed.to_ndarray().reshape(packed.samples, -1)[to_drop:].mean(axis=1)
+                    to_drop -= packed.samples - len(piece)
+                    pieces.append(piece)
+                    total += len(piece)
             if 0 <= limit <= total:
                 break
     decoded = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from train.data.audio import SAMPLE_RATE, clip_length, load_fitted, samples_at, speed_ratio
 from train.data.chat_template import ChatTemplate, Segment, TextEncoder
 from train.data.prompting import PromptMixin
 from train.errors import BadRecord, CheckpointError
 from train.schema import (
     IGNORE_INDEX,
     KINDS,
+    Changes,
     Kind,
     Lengths,
     Media,
@@ -27,6 +29,8 @@ from train.schema import (
     Sample,
     Slice,
     TooLong,
+    Turn,
+    Window,
 )
 
 
@@ -47,6 +51,8 @@ class Medium:
 class Tokens:
     """A conversation laid out as tokens, its media not yet decoded."""
 
+    speed: float = 1.0
+    """of the clips in it"""
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     media: list[Medium] = field(default_factory=list)
@@ -57,11 +63,20 @@ class Tokens:
 
     def cut(self, limit: int) -> None:
         """Drop the tokens from `limit` on, and a medium as a whole where that falls inside it."""
-        for medium in self.media:
-            if medium.begin < limit < medium.end:
-                limit = medium.begin
+        for begin, end in self._wholes():
+            if begin < limit < end:
+                limit = begin
         del self.ids[limit:], self.weights[limit:]
         self.media = [medium for medium in self.media if medium.end <= limit]
+
+    def _wholes(self) -> Iterator[tuple[int, int]]:
+        """Where each image and recording begins and ends; the windows of a recording are one."""
+        begin: int | None = None
+        for medium in self.media:
+            begin = medium.begin if begin is None else begin
+            if not isinstance(medium.source, Window) or medium.source.end == medium.source.total:
+                yield begin, medium.end
+                begin = None
 
     def of(self, kind: Kind) -> list[Medium]:
         """The media of a kind, in order."""
@@ -72,7 +87,7 @@ class RecordProcessor(PromptMixin):
     """Lays records out as tokens by a chat template; a model of text alone takes no media.
 
     A processor of media overrides `_lay_out_medium`, `_units` and `_decoded`, and what it can tell of `_slices` and
-    `_seconds`; one of several rows of positions `_positions`.
+    `_seconds`; one that splits long recordings `_split`; one of several rows of positions `_positions`.
     """
 
     template: ChatTemplate
@@ -97,16 +112,26 @@ class RecordProcessor(PromptMixin):
                 "set add_eos_token to false in tokenizer_config.json"
             )
 
-    def measure(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Lengths:
-        """The lengths that `encode` will give, from headers alone; what is too long fails here already."""
+    def measure(
+        self,
+        record: Record,
+        *,
+        max_tokens: int | None = None,
+        too_long: TooLong = "quarantine",
+        speed: float = 1.0,
+    ) -> Lengths:
+        """The lengths that `encode` will give with clips at that speed, from headers alone.
+
+        What is too long fails here already.
+        """
         with _located(record):
-            tokens = self._lay_out(record, False, max_tokens, too_long)
+            tokens = self._lay_out(record, False, max_tokens, too_long, speed=speed)
         return Lengths(len(tokens.ids), {kind: sum(map(self._units, media)) for kind, media in _by_kind(tokens)})
 
     def outline(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Outline:
-        """The tokens and the places of media that `encode` will give, from headers alone."""
+        """The tokens and the places of media that `encode` will give: from headers, and the sound of what is split."""
         with _located(record):
-            tokens = self._lay_out(record, False, max_tokens, too_long)
+            tokens = self._lay_out(record, False, max_tokens, too_long, decode=True)
         media = [
             Placed(
                 medium.kind,
@@ -128,6 +153,7 @@ class RecordProcessor(PromptMixin):
         generation_prompt: bool = False,
         max_tokens: int | None = None,
         too_long: TooLong = "quarantine",
+        changes: Changes | None = None,
     ) -> Sample:
         """The record as the model takes it, its media decoded.
 
@@ -135,13 +161,17 @@ class RecordProcessor(PromptMixin):
             generation_prompt: end with the beginning of an assistant's turn; such a prompt is never cut.
             max_tokens: the most tokens; None = no limit.
             too_long: refuse a longer record, or cut its end, never inside a picture or clip.
+            changes: of its media, in training.
 
         Raises:
             BadRecord: with the record's place, if it is too long, or a medium cannot be used.
         """
         with _located(record):
-            tokens = self._lay_out(record, generation_prompt, max_tokens, too_long)
-            media = {kind: self._media(held) for kind, held in _by_kind(tokens)}
+            speed = changes.speed if changes else 1.0
+            tokens = self._lay_out(
+                record, generation_prompt, max_tokens, too_long, decode=True, speed=speed, changes=changes
+            )
+            media = {kind: self._media(held, changes) for kind, held in _by_kind(tokens)}
         input_ids = torch.tensor(tokens.ids)
         loss_weights = torch.tensor(tokens.weights)
         return Sample(
@@ -163,11 +193,23 @@ class RecordProcessor(PromptMixin):
         answer = _last_answer(record)
         return "" if answer is None else "".join(str(part.content) for part in record.turns[answer].parts)
 
-    def _lay_out(self, record: Record, generation_prompt: bool, max_tokens: int | None, too_long: TooLong) -> Tokens:
-        tokens = Tokens()
+    def _lay_out(
+        self,
+        record: Record,
+        generation_prompt: bool,
+        max_tokens: int | None,
+        too_long: TooLong,
+        *,
+        decode: bool = False,
+        speed: float = 1.0,
+        changes: Changes | None = None,
+    ) -> Tokens:
+        """The record as tokens; decode: whether recordings that are split are decoded, so that their cuts are right."""
+        tokens = Tokens(speed)
+        turns = self._split(record.turns, speed, decode, changes)
         tokens.extend(self._begin)
         for segment in self.template.render(
-            record.turns, system_prompt=self.system_prompt, generation_prompt=generation_prompt
+            turns, system_prompt=self.system_prompt, generation_prompt=generation_prompt
         ):
             if segment.kind == "text":
                 tokens.extend(self._encoder.text(str(segment.content)), segment.weight)
@@ -180,13 +222,32 @@ class RecordProcessor(PromptMixin):
             return tokens
         if too_long == "quarantine" or generation_prompt:
             raise BadRecord(
-                f"it has {length} tokens, more than {max_tokens}; shorten it, raise data.max_tokens, "
-                "or set data.too_long=cut_text"
+                f"it has {length} tokens, more than {max_tokens}{_told_windows(tokens)}; shorten it, "
+                "raise data.max_tokens, or set data.too_long=cut_text"
             )
         tokens.cut(max_tokens)
         if not any(tokens.weights):
             raise BadRecord(f"of its {length} tokens the first {max_tokens} hold nothing that is learned; shorten it")
         return tokens
+
+    def _split(self, turns: tuple[Turn, ...], speed: float, decode: bool, changes: Changes | None) -> tuple[Turn, ...]:
+        """The turns with the windows of each recording that is split in its place; decode: as in `_lay_out`."""
+        return turns
+
+    def _heard_length(self, source: MediaSource, speed: float) -> int:
+        """Samples at 16 kHz of a clip at that speed, from its header; BadRecord if it cannot be read."""
+        samples = clip_length(source)  # a window has its speed already
+        return samples if speed == 1 or isinstance(source, Window) else samples_at(speed, samples)
+
+    def _heard(self, source: MediaSource, samples: int, changes: Changes | None, *, is_cut: bool = False) -> np.ndarray:
+        """A clip as the model hears it: float32 (samples,); is_cut: as for `load_fitted`."""
+        if isinstance(source, Window) or changes is None:
+            return load_fitted(source, samples, is_cut=is_cut)
+        own = clip_length(source)
+        if is_cut:
+            rate, at = speed_ratio(changes.speed)
+            own = min(own, samples * rate // at + 1)
+        return changes.sound(load_fitted(source, own, is_cut=is_cut), samples)[:samples]
 
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         """Add a picture's or clip's places."""
@@ -204,7 +265,7 @@ class RecordProcessor(PromptMixin):
         """How much of a clip the tower hears; None where that is not told."""
         return None
 
-    def _decoded(self, medium: Medium) -> tuple[Tensor, Tensor]:
+    def _decoded(self, medium: Medium, changes: Changes | None) -> tuple[Tensor, Tensor]:
         """A medium's values (U, ...) and the sizes (I, ...) of its items; BadRecord if it cannot be used."""
         raise NotImplementedError
 
@@ -212,8 +273,8 @@ class RecordProcessor(PromptMixin):
         """int64 (T,), or (R, T) for a model with several rows of positions."""
         return torch.arange(len(tokens.ids))
 
-    def _media(self, media: list[Medium]) -> Media:
-        decoded = [self._decoded(medium) for medium in media]
+    def _media(self, media: list[Medium], changes: Changes | None) -> Media:
+        decoded = [self._decoded(medium, changes) for medium in media]
         return Media(
             values=torch.cat([values for values, _ in decoded]),
             sizes=torch.cat([sizes for _, sizes in decoded]),
@@ -232,6 +293,16 @@ def load_tokenizer(folder: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
 
 def _by_kind(tokens: Tokens) -> list[tuple[Kind, list[Medium]]]:
     return [(kind, media) for kind in KINDS if (media := tokens.of(kind))]
+
+
+def _told_windows(tokens: Tokens) -> str:
+    """How much of a record that is too long its split recordings are; nothing where there are none."""
+    held = [(medium.source, len(medium.places)) for medium in tokens.media if isinstance(medium.source, Window)]
+    if not held:
+        return ""
+    seconds = sum(window.end - window.begin for window, _ in held) / SAMPLE_RATE
+    places = sum(count for _, count in held)
+    return f" ({places} of them are {seconds:.1f} s of audio in {len(held)} windows)"
 
 
 def _last_answer(record: Record) -> int | None:

@@ -8,7 +8,7 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from train.data.media import head_of, header_of, reading
 from train.errors import BadRecord
-from train.schema import MediaSource
+from train.schema import MediaFile
 
 MAX_PIXELS = 2**26
 """Largest picture that is decoded: 67 megapixels, 256 MiB as RGB in Pillow."""
@@ -40,14 +40,14 @@ _FLIPS = {
 """What brings a picture of that EXIF orientation upright."""
 
 
-def picture_size(source: MediaSource) -> tuple[int, int]:
+def picture_size(source: MediaFile) -> tuple[int, int]:
     """(width, height) in pixels of the upright picture, from its header; BadRecord if broken or too large."""
     with _opened(source, header_only=True) as picture:
         width, height = picture.size
         return (height, width) if _orientation(picture) >= 5 else (width, height)
 
 
-def load_picture(source: MediaSource) -> Image.Image:
+def load_picture(source: MediaFile) -> Image.Image:
     """The upright picture as RGB, transparency laid on white; BadRecord if it is broken or too large."""
     with _opened(source) as picture:
         orientation = _orientation(picture)
@@ -76,7 +76,7 @@ def _strip_to_rgb(strip: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(source: MediaSource, header_only: bool = False) -> Iterator[Image.Image]:
+def _opened(source: MediaFile, header_only: bool = False) -> Iterator[Image.Image]:
     """The picture, its header read and its size checked; whatever goes wrong with it becomes a BadRecord."""
     with (
         reading("image", source, "replace it by a valid JPEG or PNG") as file,

@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from train.schema import KINDS, Lengths, Record
+from train.schema import KINDS, Lengths, Record, file_of
 
 PART = 4096
 """Records of a part: about a second's work, after which it is kept."""
@@ -64,7 +64,7 @@ class Part:
 
 def stamps_of(record: Record) -> Stamps:
     """The media files of a record as they are now; an OSError if one is gone."""
-    paths = [part.content for turn in record.turns for part in turn.parts if part.kind != "text"]
+    paths = [file_of(part.content) for turn in record.turns for part in turn.parts if part.kind != "text"]
     return [(path, *_stamp(path)) for path in paths if isinstance(path, str)]
 
 

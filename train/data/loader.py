@@ -7,12 +7,13 @@ from functools import partial
 
 import numpy as np
 
-from train.data.plan import Limits, assign, plan_epoch
+from train.data.augment import Augmenter
+from train.data.plan import Limits, Speeds, assign, plan_epoch
 from train.data.record_set import BadNote, Measured, RecordSet
 from train.data.watchdog import Watchdog
 from train.data.workers import Results
 from train.errors import OmniTuneError
-from train.schema import Batch
+from train.schema import Batch, Changes
 
 
 @dataclass
@@ -33,6 +34,7 @@ class StepPlan:
     """The training run as a sequence of steps, each a list of packs; the same on every rank.
 
     costs: predicted work of each record (records,), by which packs are shared out; by default its lengths' sum.
+    speeds: at which clips run, in each epoch; None = at their own.
     """
 
     def __init__(
@@ -46,11 +48,14 @@ class StepPlan:
         epochs: int,
         max_steps: int | None,
         costs: np.ndarray | None = None,
+        speeds: Speeds | None = None,
     ):
+        self.speeds = speeds
         self.costs = measured.lengths.sum(axis=1) if costs is None else costs
         self.measured, self.weights, self.limits = measured, list(weights), limits
         self.packs_per_step, self.seed, self.epochs, self.max_steps = packs_per_step, seed, epochs, max_steps
         self._planned: tuple[int, list[list[int]]] = (-1, [])
+        self._drawn: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
         if not any(len(records) for records in measured.by_source()):
             raise OmniTuneError("no usable record is left in data.train; quarantine.jsonl says why")
         for source, (records, weight) in enumerate(zip(measured.by_source(), weights, strict=True)):
@@ -64,13 +69,15 @@ class StepPlan:
         """A short hash of all that the order of steps depends on."""
         state = hashlib.blake2b(self.measured.lengths.tobytes(), digest_size=16)
         state.update(repr((self.weights, self.limits, self.packs_per_step, self.seed)).encode())
+        if self.speeds:
+            state.update(self.speeds.lengths.tobytes() + repr((self.speeds.factors, self.speeds.drawn_from)).encode())
         return state.hexdigest()
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """The packs of an epoch."""
         if self._planned[0] != epoch:
             packs = plan_epoch(
-                self.measured.lengths,
+                self.speeds.lengths_in(epoch) if self.speeds else self.measured.lengths,
                 self.measured.by_source(),
                 self.weights,
                 self.limits,
@@ -101,6 +108,14 @@ class StepPlan:
                 yield current, step, packs[step * self.packs_per_step : (step + 1) * self.packs_per_step]
             step_in_epoch = 0
 
+    def speeds_of(self, epoch: int, packs: Sequence[Sequence[int]]) -> dict[int, float]:
+        """The speed of each record of the packs; empty where all run at their own."""
+        if not self.speeds:
+            return {}
+        if self._drawn[0] != epoch:
+            self._drawn = (epoch, self.speeds.drawn(epoch))
+        return {record: self.speeds.factors[self._drawn[1][record]] for pack in packs for record in pack}
+
     def cost(self, pack: Sequence[int]) -> float:
         """Predicted work of a pack."""
         return float(self.costs[list(pack)].sum())
@@ -113,26 +128,38 @@ class _RankSteps:
         self.plan, self.rank, self.world_size = plan, rank, world_size
         self.epoch, self.step_in_epoch = epoch, step_in_epoch
 
-    def __iter__(self) -> Iterator[tuple[int, int, list[list[int]]]]:
+    def __iter__(self) -> Iterator["_Item"]:
         for epoch, step, packs in self.plan.steps(self.epoch, self.step_in_epoch):
             ranks = assign([self.plan.cost(pack) for pack in packs], self.world_size)
             mine = [packs[index] for index in ranks[self.rank]]
             places = max(len(packs_of) for packs_of in ranks)
-            yield epoch, step, mine + [[]] * (places - len(mine))
+            yield epoch, step, mine + [[]] * (places - len(mine)), self.plan.speeds_of(epoch, mine)
 
 
-def _decode(records: RecordSet, item: tuple[int, int, list[list[int]]], watch: Watchdog) -> Fetched:
-    epoch, step, packs = item
+_Item = tuple[int, int, list[list[int]], dict[int, float]]
+"""Epoch, step in it, packs, and the speeds of their records."""
+
+
+def _decode(records: RecordSet, augmenter: Augmenter | None, item: _Item, watch: Watchdog) -> Fetched:
+    epoch, step, packs, speeds = item
     fetched = Fetched([], epoch=epoch, step_in_epoch=step)
+
+    def changes(record: int) -> Changes | None:
+        source, _ = records.locate(record)
+        return augmenter.changes(source, record, epoch, speeds.get(record, 1.0)) if augmenter else None
+
     for pack in packs:
-        batch, bad = records.batch(pack, watch)
+        batch, bad = records.batch(pack, watch, changes)
         fetched.batches.append(batch)
         fetched.bad += bad
     return fetched
 
 
 class StepLoader:
-    """The rank's batches of every step from (epoch, step_in_epoch) on, decoded ahead in the records' workers."""
+    """The rank's batches of every step from (epoch, step_in_epoch) on, decoded ahead in the records' workers.
+
+    augmenter: changes the media; None = they are used as they are.
+    """
 
     def __init__(
         self,
@@ -144,13 +171,15 @@ class StepLoader:
         epoch: int = 0,
         step_in_epoch: int = 0,
         pin_memory: bool = False,
+        augmenter: Augmenter | None = None,
     ):
+        self.augmenter = augmenter
         self.plan, self.records, self.rank, self.world_size = plan, records, rank, world_size
         self.position = (epoch, step_in_epoch)
         self.pin_memory = pin_memory
 
     def __iter__(self) -> Iterator[Fetched]:
-        job = partial(_decode, self.records)
+        job = partial(_decode, self.records, self.augmenter)
         workers = self.records.workers
         return self._from(iter(Results(job, self._rest, self.records.given_up, workers, pin_memory=self.pin_memory)))
 

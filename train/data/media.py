@@ -8,7 +8,7 @@ from io import BytesIO, FileIO
 from typing import Any, BinaryIO, cast
 
 from train.errors import BadRecord
-from train.schema import Kind, MediaSource
+from train.schema import Kind, MediaFile
 
 MAX_BYTES: dict[Kind, int] = {"image": 2**28, "audio": 2**30}
 """Largest file that is opened: an uncompressed picture of 67 megapixels fits, and half an hour of studio sound."""
@@ -20,7 +20,7 @@ chunks does not."""
 
 
 @contextmanager
-def reading(kind: Kind, source: MediaSource, advice: str, buffering: int = -1) -> Iterator[Any]:
+def reading(kind: Kind, source: MediaFile, advice: str, buffering: int = -1) -> Iterator[Any]:
     """The open file; whatever goes wrong inside becomes a BadRecord that names it.
 
     advice: what to do about a file that its decoder cannot read.
@@ -30,12 +30,12 @@ def reading(kind: Kind, source: MediaSource, advice: str, buffering: int = -1) -
         with _opened(source, MAX_BYTES[kind], buffering) as file:
             yield file
     except BadRecord as fault:
-        raise BadRecord(f"{_name_of(kind, source)}: {fault}") from None
+        raise BadRecord(f"{medium_name(kind, source)}: {fault}") from None
     except Exception as error:  # decoders fail in many ways on broken files
-        raise BadRecord(f"{_name_of(kind, source)} cannot be read ({error}); {advice}") from None
+        raise BadRecord(f"{medium_name(kind, source)} cannot be read ({error}); {advice}") from None
 
 
-def _name_of(kind: Kind, source: MediaSource) -> str:
+def medium_name(kind: Kind, source: MediaFile) -> str:
     """What a message calls a medium."""
     return f"{kind} {source!r}" if isinstance(source, str) else f"embedded {kind}"
 
@@ -97,7 +97,7 @@ class HeaderReads:
         return getattr(self._file, name)
 
 
-def _opened(source: MediaSource, most: int, buffering: int) -> BinaryIO:
+def _opened(source: MediaFile, most: int, buffering: int) -> BinaryIO:
     if isinstance(source, bytes):
         _check_size(len(source), most)
         return BytesIO(source)

@@ -34,6 +34,37 @@ class Limits:
         return (self.tokens, *(self.units[kind] for kind in KINDS))
 
 
+@dataclass(frozen=True)
+class Speeds:
+    """At which speed the clips of each record run in each epoch, and how long that makes the records.
+
+    factors: all speeds, the first is 1.
+    lengths: int (factors, records, 1 + kinds): the records' lengths at each; 0 tokens: not usable at that one.
+    drawn_from: for each source, the end of its records and the factors, by index, that are drawn for them.
+    """
+
+    factors: Sequence[float]
+    lengths: np.ndarray
+    drawn_from: Sequence[tuple[int, Sequence[int]]]
+    seed: int
+
+    def drawn(self, epoch: int) -> np.ndarray:
+        """int (records,): the index of each record's factor; that of 1 where it is not usable at the one drawn."""
+        records = np.arange(self.lengths.shape[1])
+        share = np.random.default_rng([self.seed, epoch, len(self.factors)]).random(len(records))
+        chosen = np.zeros(len(records), dtype=np.int64)
+        begin = 0
+        for end, factors in self.drawn_from:
+            choice = (share[begin:end] * len(factors)).astype(np.int64)
+            chosen[begin:end] = np.asarray(factors, dtype=np.int64)[choice]
+            begin = end
+        return np.where(self.lengths[chosen, records, 0] > 0, chosen, 0)
+
+    def lengths_in(self, epoch: int) -> np.ndarray:
+        """The lengths of an epoch's records."""
+        return self.lengths[self.drawn(epoch), np.arange(self.lengths.shape[1])]
+
+
 def choose_records(records: Sequence[np.ndarray], weights: Sequence[float], rng: np.random.Generator) -> np.ndarray:
     """Indices of an epoch's records, shuffled: each of source s's `records[s]` `weights[s]` times.
 

@@ -37,7 +37,7 @@ class PromptMixin:
         if (longest := max(len(sample.input_ids) for sample in samples)) >= max_tokens:
             raise BadRecord(
                 f"the conversation has {longest} tokens, and the model takes {max_tokens} with its answer; "
-                "begin a new one, or give fewer pictures"
+                "begin a new one, or give fewer pictures and shorter recordings"
             )
         return collate(samples, [0] * len(samples), range(len(samples)))
 

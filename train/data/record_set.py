@@ -19,7 +19,7 @@ from train.data.readers import open_source
 from train.data.records import parse_record
 from train.data.workers import UNWATCHED, Results, Workers
 from train.errors import BadRecord, OmniTuneError
-from train.schema import KINDS, Batch, Kind, Lengths, Outline, Processor, Record, Sample, TooLong
+from train.schema import KINDS, Batch, Changes, Kind, Lengths, Outline, Processor, Record, Sample, TooLong
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,10 @@ Watching = Callable[[int], AbstractContextManager]
 
 _LOOKED_AT = 64
 """Most records among which `few` chooses."""
+
+_LOOKED_UP_HERE = 2**17
+"""Most records whose lengths are looked up in this process where all are known: a second, less than workers take to
+start."""
 
 _FAULT = 300
 """Most characters of what a decoder says about its failure."""
@@ -77,6 +81,7 @@ class RecordSet:
 
     processor: has `measure`, `encode`, `prompt` and `reference` of a record.
     workers: the processes in which media are opened, wherever many records are read.
+    speed: at which the clips run that are measured.
     """
 
     def __init__(
@@ -87,7 +92,9 @@ class RecordSet:
         max_tokens: int,
         too_long: TooLong,
         workers: Workers = UNWATCHED,
+        speed: float = 1.0,
     ):
+        self.speed = speed
         self.specs = list(specs)
         self.processor = processor
         self.workers = workers
@@ -139,12 +146,21 @@ class RecordSet:
 
     def leave_out(self, notes: Iterable[BadNote]) -> None:
         """Give up the records that were noted before, so that a resumed run trains on the same ones."""
-        starts = np.concatenate([[0], self.ends[:-1]]).tolist()
         for note in notes:
-            for spec, source, start in zip(self.specs, self._sources, starts, strict=True):
-                row = source.index_of(note.line) if spec.path == note.source else None
-                if row is not None:
-                    self.given_up[start + row] = note.reason
+            for index in self._indices(note.source, note.line):
+                self.given_up[index] = note.reason
+
+    def find(self, path: str, line: int) -> Record | None:
+        """The record in a line of a source's file; None where there is none."""
+        found = (self.attempt(index, lambda record: record) for index in self._indices(path, line))
+        return next((record for record in found if isinstance(record, Record)), None)
+
+    def _indices(self, path: str, line: int) -> Iterator[int]:
+        starts = np.concatenate([[0], self.ends[:-1]]).tolist()
+        for spec, source, start in zip(self.specs, self._sources, starts, strict=True):
+            row = source.index_of(line) if spec.path == path else None
+            if row is not None:
+                yield start + row
 
     def attempt(self, index: int, read: Callable[[Record], R], watch: Watching = nullcontext) -> R | BadNote:
         """What `read` makes of a record, or why the record cannot be used: whatever it raises costs that record."""
@@ -171,7 +187,8 @@ class RecordSet:
             for number, begin in enumerate(range(end - len(self._sources[source]), end, PART))
         ]
         cores = len(os.sched_getaffinity(0))
-        workers = replace(self.workers, count=min(cores, len(parts)) if self.workers.count else 0)
+        watched = self.workers.count and not (len(self) <= _LOOKED_UP_HERE and _are_known(caches, parts))
+        workers = replace(self.workers, count=min(cores, len(parts)) if watched else 0)
         lengths = np.zeros((len(self), 1 + len(KINDS)), dtype=np.int32)
         types: list[str] = []
         bad: list[BadNote] = []
@@ -202,21 +219,31 @@ class RecordSet:
 
     def measure_one(self, record: Record) -> Lengths:
         """A record's lengths; raises BadRecord."""
-        return self.processor.measure(record, **self._fit)
+        at: dict[str, Any] = {} if self.speed == 1 else {"speed": self.speed}
+        return self.processor.measure(record, **self._fit, **at)
 
     def outline_of(self, record: Record) -> Outline:
         """A record laid out as tokens, from headers alone; raises BadRecord."""
         return self.processor.outline(record, **self._fit)
 
-    def encode(self, record: Record) -> Sample:
-        """A record as the model takes it, its media decoded; raises BadRecord."""
-        return self.processor.encode(record, **self._fit)
+    def encode(self, record: Record, changes: Changes | None = None) -> Sample:
+        """A record as the model takes it, its media decoded, and changed; raises BadRecord."""
+        changed: dict[str, Any] = {"changes": changes} if changes else {}
+        return self.processor.encode(record, **self._fit, **changed)
 
-    def batch(self, pack: Sequence[int], watch: Watching = nullcontext) -> tuple[Batch, list[BadNote]]:
-        """A pack's records decoded and laid end to end; those that fail leave their place empty."""
+    def batch(
+        self,
+        pack: Sequence[int],
+        watch: Watching = nullcontext,
+        changes: Callable[[int], Changes | None] = lambda record: None,
+    ) -> tuple[Batch, list[BadNote]]:
+        """A pack's records decoded and laid end to end; those that fail leave their place empty.
+
+        changes: of the media of a record, by its index.
+        """
         samples, sources, records, bad = [], [], [], []
         for index in pack:
-            sample = self.attempt(index, self.encode, watch)
+            sample = self.attempt(index, partial(self.encode, changes=changes(index)), watch)
             if isinstance(sample, BadNote):
                 bad.append(sample)
                 continue
@@ -224,6 +251,16 @@ class RecordSet:
             sources.append(self.locate(index)[0])
             records.append(index)
         return collate(samples, sources, records), bad
+
+
+def _are_known(caches: Sequence[SourceCache | None], parts: Iterable[tuple[int, int, int, int]]) -> bool:
+    """Whether the caches hold all lengths."""
+    for source, number, begin, end in parts:
+        cache = caches[source]
+        part = cache.load(number) if cache else None
+        if part is None or len(part.types) != end - begin or part.todo():
+            return False
+    return True
 
 
 def _measure_part(

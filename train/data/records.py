@@ -118,7 +118,7 @@ def _split_tags(part: Part, waiting: dict[Kind, Any]) -> list[Part]:
 
 def _check_turns(turns: tuple[Turn, ...]) -> None:
     """What must hold of every conversation."""
-    texts = (len(part.content) for turn in turns for part in turn.parts if part.kind == "text")
+    texts = (len(str(part.content)) for turn in turns for part in turn.parts if part.kind == "text")
     if (characters := sum(texts)) > MAX_TEXT:
         raise BadRecord(f"its texts have {characters} characters, more than the {MAX_TEXT} allowed; split it")
     for number, turn in enumerate(turns, 1):

@@ -17,24 +17,30 @@ from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from train.announce import announced
-from train.checks import check, model_folder, tuned_modules
-from train.config import OptimizerName, Options, Precision, Tracker
+from train.checks import check, gain_figure, model_folder, tuned_modules
+from train.config import OptimizerName, Options, Precision
+from train.data.augment import Augmenter
 from train.data.loader import StepLoader, StepPlan
 from train.data.record_set import RecordSet
 from train.engine.accelerator import make_accelerator, world_size, zero_stage
-from train.engine.build_data import flops_of, make_evaluator, make_plan, read_data
+from train.engine.build_data import flops_of, make_evaluator, make_plan, read_data, read_speeds
 from train.engine.checkpoint import Checkpoints
 from train.engine.consistency import check_folder
 from train.engine.engines import DeepSpeedEngine, Engine, OwnEngine
 from train.engine.environment import write_environment
 from train.engine.evaluator import Evaluator
+from train.engine.gain import Gain
 from train.engine.lock import lock
+from train.engine.measuring import measure_alike
 from train.engine.observers import MetricsFile, Observer, Profiler, Progress
 from train.engine.optimizer import LearningRates, matrices
 from train.engine.peak import peak_flops
+from train.engine.reporting import Reporter
 from train.engine.state import shape_of, size_of, trained_state
 from train.engine.step import TrainStep
 from train.engine.stop import StopRequest
+from train.engine.tracking.chosen import trackings
+from train.engine.tracking.tracker import TrackedRun
 from train.engine.trainer import Intervals, Trainer
 from train.errors import ConfigError, OmniTuneError
 from train.export.base_folder import check_files
@@ -47,9 +53,10 @@ from train.modules.layers import checkpoint_layers, compile_layers
 from train.modules.objectives import NextToken
 from train.modules.packed import PackedModel
 from train.modules.trainable import Group, canonical_name, choose_trainable, module_of, parameter_groups
+from train.report.verdict import State
 from train.run_folder import RunFolder
 from train.schema import Batch
-from train.sources import load_processor
+from train.sources import load_processor, make_augmenter
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +73,8 @@ class Run:
     records: RecordSet
     """By which the export is checked: held-out ones, or else those of training."""
     stop: StopRequest
+    reporter: Reporter | None
+    """None but on the main process."""
 
     was_finished: bool
     """Nothing was left to do when it started."""
@@ -82,14 +91,33 @@ class Run:
         if self.accelerator.is_main_process and not is_export_of(checkpoint, folder, self.options):
             with announced(f"exporting to '{folder}', and checking the export"):
                 export_checkpoint(self.options, self.base, checkpoint, folder, self.records)
+            if self.reporter:
+                self.reporter.write(State.finished)
         self.accelerator.wait_for_everyone()
         return folder
 
 
-def build(options: Options, resolved: dict[str, Any]) -> Run:
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a run before its weights are loaded."""
+
+    family: Family
+    base: Path
+    """The folder of the model that training starts from."""
+    plan: StepPlan
+    records: RecordSet
+    device: torch.device
+    ranks: int
+    is_main: bool
+
+
+def build(
+    options: Options, resolved: dict[str, Any], expect: Callable[[Planned], float | None] = lambda planned: None
+) -> Run:
     """Everything a run needs, from its options; every rank must call it.
 
     resolved: the options as plain values, for config.yaml and the tracker.
+    expect: gives the GiB of memory that the run is expected to need, for metrics.jsonl, if it can tell.
     Raises ConfigError with all faults of the options before anything is loaded.
     """
     check(options, world_size(), os.environ)
@@ -107,11 +135,15 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
     evaluator = None
     if eval_set and eval_measured:
         evaluator = make_evaluator(options, accelerator, eval_set, eval_measured, stop)
-    _check_keep_best(options, evaluator)
+    _check_figures(options, evaluator)
+    flops = flops_of(options, family, base)
+    speeds = read_speeds(options, base, train_set, measured, partial(measure_alike, accelerator=accelerator))
+    plan = make_plan(options, flops, train_set, measured, speeds)
+    augmenter = make_augmenter(options)
+    ranks, is_main = accelerator.num_processes, accelerator.is_main_process
+    expected_gib = expect(Planned(family, base, plan, train_set, accelerator.device, ranks, is_main))
     with announced(f"loading the weights of '{base}'"):
         model = _load_model(options, family, base, accelerator.device)
-    flops = flops_of(options, family, base)
-    plan = make_plan(options, flops, train_set, measured)
     total_steps = (options.debug.one_batch and options.run.max_steps) or plan.total_steps()
     groups = parameter_groups(
         model,
@@ -143,7 +175,7 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
             stop=stop,
         ),
         trained=trained_state(accelerator, engine, options.optim.name, zero_stage(options)),
-        steps_from=partial(_steps_from, plan, train_set, accelerator, options),
+        steps_from=partial(_steps_from, plan, train_set, accelerator, augmenter),
         plan_digest=plan.digest(),
         name_of=train_set.name_of,
         source_names=[spec.name for spec in train_set.specs],
@@ -154,28 +186,34 @@ def build(options: Options, resolved: dict[str, Any]) -> Run:
             evaluate_first=options.eval.before_training,
             max_not_finite=options.run.max_not_finite,
             one_batch=options.debug.one_batch,
+            stop_after_no_gain=options.run.stop_after_no_gain,
         ),
         quarantine=quarantine,
         checkpoints=checkpoints,
         evaluator=evaluator,
         predictions=folder.predictions,
         observers=[],
+        gain=Gain(gain_figure(options)),
         peak_flops=_peak_flops(options, accelerator),
+        expected_gib=expected_gib,
     )
     if found:
         with announced(f"reading '{found}'"):
             trainer.resume(found)
         for records in filter(None, (train_set, eval_set)):
             records.leave_out(quarantine.notes)
+    reporter = None
     if accelerator.is_main_process:
         if folder.path.parent.absolute() == Path("outputs", options.run.name).absolute():
             folder.link_latest()  # only now: a run that is refused leaves the one before
         folder.config.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-        write_environment(folder.environment, accelerator)
-        trainer.observers = _observers(options, resolved, folder, trainer)
+        write_environment(folder.environment, accelerator, total_steps)
+        since = trainer.position.step if found else -1
+        reporter = Reporter(folder.path, options, step=trainer.position.step, total_steps=total_steps)
+        trainer.observers = _observers(options, resolved, folder, trainer, since, eval_set, reporter)
     _describe(options, accelerator, model, plan, total_steps)
     records = eval_set or train_set
-    return Run(options, accelerator, trainer, folder, base, records, stop, trainer.is_finished)
+    return Run(options, accelerator, trainer, folder, base, records, stop, reporter, trainer.is_finished)
 
 
 def _flops_of(plan: StepPlan, head: float, batch: Batch) -> float:
@@ -209,13 +247,17 @@ def check_family(options: Options, family: Family) -> None:
         raise ConfigError(faults)
 
 
-def _check_keep_best(options: Options, evaluator: Evaluator | None) -> None:
-    wanted = options.checkpoint.keep_best
+def _check_figures(options: Options, evaluator: Evaluator | None) -> None:
+    """Raise ConfigError where an option names a figure that the evaluation does not give."""
     figures = evaluator.figures() if evaluator else []
-    if wanted and wanted not in figures:
-        near = "".join(f" (did you mean {figure}?)" for figure in get_close_matches(wanted, figures, n=1))
-        given = ", ".join(figures)
-        raise ConfigError([f"checkpoint.keep_best: the evaluation gives no figure '{wanted}'{near}; it gives {given}"])
+    wanted = {"checkpoint.keep_best": options.checkpoint.keep_best, "run.gain_figure": options.run.gain_figure}
+    faults = []
+    for option, figure in wanted.items():
+        if figure and figure not in figures:
+            near = "".join(f" (did you mean {close}?)" for close in get_close_matches(figure, figures, n=1))
+            faults.append(f"{option}: the evaluation gives no figure '{figure}'{near}; it gives {', '.join(figures)}")
+    if faults:
+        raise ConfigError(faults)
 
 
 def _make_folder(options: Options, accelerator: Accelerator) -> RunFolder:
@@ -305,7 +347,9 @@ def with_trainable(options: Options, family: Family, model: PackedModel) -> nn.M
     return adapted_model
 
 
-def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, options: Options, epoch: int, step: int):
+def _steps_from(
+    plan: StepPlan, records: RecordSet, accelerator: Accelerator, augmenter: Augmenter | None, epoch: int, step: int
+):
     return StepLoader(
         plan,
         records,
@@ -314,22 +358,30 @@ def _steps_from(plan: StepPlan, records: RecordSet, accelerator: Accelerator, op
         epoch=epoch,
         step_in_epoch=step,
         pin_memory=accelerator.device.type == "cuda",
+        augmenter=augmenter,
     )
 
 
-def _observers(options: Options, resolved: dict[str, Any], folder: RunFolder, trainer: Trainer) -> list[Observer]:
-    step = trainer.position.step
+def _observers(
+    options: Options,
+    resolved: dict[str, Any],
+    folder: RunFolder,
+    trainer: Trainer,
+    since: int,
+    held_out: RecordSet | None,
+    reporter: Reporter,
+) -> list[Observer]:
+    """since: the last step of an earlier life that is kept; -1 where the run begins anew."""
     observers: list[Observer] = [
-        MetricsFile(folder.metrics, step),
-        Progress(trainer.intervals.total_steps, step),
+        MetricsFile(folder.metrics, since),
+        Progress(trainer.intervals.total_steps, trainer.position.step),
+        reporter,
     ]
     if options.debug.profile_steps:
         observers.append(Profiler(folder.trace, options.debug.profile_steps))
-    if options.tracker.name is Tracker.wandb:
-        from train.engine.tracking import WandbTracker  # wandb takes a second to import
-
-        observers.append(WandbTracker(options.tracker, name=options.run.name, folder=folder.path, config=resolved))
-    return observers
+    find = held_out.find if held_out is not None else None
+    tracked = TrackedRun(options.run.name, folder, options.tracker, resolved, since, find)
+    return [*observers, *trackings(tracked)]
 
 
 def _peak_flops(options: Options, accelerator: Accelerator) -> float | None:

@@ -1,15 +1,18 @@
 """Options into data: records, their lengths, the evaluator of those held out."""
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from train.checks import tuned_modules
 from train.config import Options
 from train.data.lengths import LengthCache, digest
 from train.data.loader import StepPlan
-from train.data.plan import Limits
+from train.data.plan import Limits, Speeds
 from train.data.record_set import Measured, RecordSet
 from train.engine.evaluator import Evaluator
 from train.engine.measuring import measure_alike
@@ -19,7 +22,7 @@ from train.families.family import Family
 from train.modules.flops import Flops
 from train.run_folder import RunFolder
 from train.schema import Processor
-from train.sources import open_records
+from train.sources import augmentations, open_records
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +58,36 @@ def read_data(
     return train_set, found["data.train"][0], eval_set, found["data.eval"][0] if eval_set else None, quarantine
 
 
-def length_cache(options: Options, base: Path, kind: str = "lengths") -> LengthCache | None:
+def read_speeds(
+    options: Options,
+    base: Path,
+    records: RecordSet,
+    measured: Measured,
+    measure: Callable[[Mapping[str, RecordSet], LengthCache | None], Mapping[str, tuple[Measured, Any]]],
+) -> Speeds | None:
+    """The lengths of the records of training at each speed that is drawn; None where all run at their own.
+
+    measure: what measures record sets, by the name that a progress bar shows.
+    """
+    drawn = [settings.speed if settings else () for settings in augmentations(options)]
+    factors = [1.0, *sorted({float(speed) for of_source in drawn for speed in of_source} - {1.0})]
+    if len(factors) == 1:
+        return None
+    lengths = [measured.lengths]
+    for speed in factors[1:]:
+        what = f"data.train at speed {speed:g}"
+        at_speed = open_records(options, options.data.train, records.processor, speed=speed)
+        found, _ = measure({what: at_speed}, length_cache(options, base, speed=speed))[what]
+        lengths.append(np.where(measured.lengths[:, :1] > 0, found.lengths, 0))
+    choices = [[factors.index(float(speed)) for speed in of_source] or [0] for of_source in drawn]
+    drawn_from = list(zip(measured.ends.tolist(), choices, strict=True))
+    return Speeds(factors, np.stack(lengths), drawn_from, options.run.seed)
+
+
+def length_cache(options: Options, base: Path, kind: str = "lengths", *, speed: float = 1.0) -> LengthCache | None:
     """Where lengths by the processor of a model folder are kept; None where the options, or the machine, have no place.
 
-    base: the model folder. kind: what is kept, by the name of its folder.
+    base: the model folder. kind: what is kept, by the name of its folder. speed: of the clips that are measured.
     """
     data = options.data
     if data.cache is None:
@@ -70,7 +99,9 @@ def length_cache(options: Options, base: Path, kind: str = "lengths") -> LengthC
         return None
     # A pipe would be waited for.
     files = sorted(file for file in base.iterdir() if file.suffix in (".json", ".jinja", ".model") and file.is_file())
-    settings = [digest(files), data.max_tokens, data.too_long, data.long_audio, data.image_places, data.system_prompt]
+    settings: list[Any] = [digest(files), data.max_tokens, data.too_long, data.long_audio, data.system_prompt]
+    settings += [] if speed == 1 else [speed]
+    settings += [] if data.image_places is None else [f"{data.image_places} places"]
     return LengthCache(folder / kind, settings)
 
 
@@ -84,7 +115,9 @@ def flops_of(options: Options, family: Family, base: Path) -> Flops:
     return family.flops(family.skeleton(base), tuned_modules(options), options.lora.modules)
 
 
-def make_plan(options: Options, flops: Flops, records: RecordSet, measured: Measured) -> StepPlan:
+def make_plan(
+    options: Options, flops: Flops, records: RecordSet, measured: Measured, speeds: Speeds | None = None
+) -> StepPlan:
     """The steps of a run over these records."""
     return StepPlan(
         measured,
@@ -95,6 +128,7 @@ def make_plan(options: Options, flops: Flops, records: RecordSet, measured: Meas
         epochs=options.run.epochs,
         max_steps=options.run.max_steps,
         costs=flops.of(measured.lengths),
+        speeds=speeds,
     )
 
 

@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from math import isfinite
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -20,7 +19,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.config import METRICS
+from train.engine.gain import is_better
 from train.errors import CheckpointError
 from train.export.checkpoint_reader import (
     MANIFEST,
@@ -180,17 +179,6 @@ class Checkpoints:
         """`damage`, the work divided among the ranks."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         return next(filter(None, gather_object([damage(folder, part=rank, parts=ranks)])), None)
-
-
-def is_better(figure: str, value: float | None, *, than: float | None) -> bool:
-    """Whether a value of an evaluation's figure is better; of what is no metric of answers, the lower one.
-
-    than: None = there is none yet. What is no number is never better.
-    """
-    if value is None or not isfinite(value):
-        return False
-    is_high = METRICS.get(figure.removeprefix("eval/").partition("/")[0], False)
-    return than is None or (value > than if is_high else value < than)
 
 
 def _seal(file: Path) -> dict[str, Any]:

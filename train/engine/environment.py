@@ -22,13 +22,15 @@ _PACKAGES = (
 )
 
 
-def write_environment(file: Path, accelerator: Accelerator) -> None:
-    """Write to a file: versions, commit, command, ranks and device."""
+def write_environment(file: Path, accelerator: Accelerator, total_steps: int) -> None:
+    """Write to a file: versions, commit, command and its working folder, planned steps, ranks and device."""
     environment = {
         "python": platform.python_version(),
         "versions": versions(),
         "commit": _commit(),
         "command": sys.argv,
+        "working_folder": str(Path.cwd()),
+        "total_steps": total_steps,
         "world_size": accelerator.num_processes,
         "device": str(accelerator.device),
     }

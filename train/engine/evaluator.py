@@ -1,10 +1,8 @@
 """How good the model is on held-out records: its loss, and its answers compared with the references."""
 
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +19,7 @@ from train.data.workers import Results
 from train.engine.stop import StopRequest
 from train.errors import ConfigError
 from train.inference.metrics import METRICS
+from train.inference.predictions import Prediction
 from train.modules.packed import PackedModel, without_adapters
 from train.schema import KINDS, Batch, Record, Sample
 
@@ -28,19 +27,6 @@ R = TypeVar("R")
 
 CUT_ANSWERS = "cut_answers"
 """The share of answers that were cut at `max_new_tokens`, among the figures of an evaluation."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """An answer beside its reference: a line of predictions/."""
-
-    file: str
-    line: int
-    type: str
-    prompt: str
-    """The turns before the answer, a line each, with <image> and <audio> where media stand."""
-    reference: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -283,14 +269,6 @@ def prompt_batches(records: Sequence[int], lengths: np.ndarray, limits: Limits, 
             batches.append([record])
             units = own
     return batches
-
-
-def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
-    """Write them as JSON lines, into a folder that is made where there is none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # A file's name may hold bytes that are no text; escaped, the line is still JSON.
-    with file.open("w", encoding="utf-8", errors="backslashreplace") as out:
-        out.writelines(json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions)
 
 
 def _types_by_metric(metrics: Sequence[str], types: Collection[str]) -> dict[str, set[str]]:

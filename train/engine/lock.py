@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import IO
 
 from train.errors import OmniTuneError
+from train.run_folder import RunFolder
 
 _held: dict[Path, IO[str]] = {}
 
@@ -17,7 +18,7 @@ def lock(folder: Path) -> None:
     place = folder.resolve()
     if place in _held:
         return
-    file = (folder / ".lock").open("w")
+    file = RunFolder(folder).lock.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

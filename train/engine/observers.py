@@ -35,6 +35,8 @@ class StepReport:
     mfu: float | None = None
     """model FLOPs utilization: the operations that the step needed, a second of it, over the devices' peak; None where
     that is not known"""
+    expected_gib: float | None = None
+    """memory that the run was expected to need at its peak; None where it was not predicted"""
 
     def to_dict(self) -> dict[str, float]:
         """The line of metrics.jsonl."""
@@ -53,6 +55,7 @@ class StepReport:
             "time/data_wait_s": self.data_wait_s,
             "time/device_wait_s": self.device_wait_s,
             "memory/peak_gib": peak_memory_gib(),
+            **({} if self.expected_gib is None else {"memory/expected_gib": self.expected_gib}),
         }
 
 
@@ -83,7 +86,7 @@ class MetricsFile:
 
     @staticmethod
     def _forget_after(file: Path, step: int) -> None:
-        """Drop the lines of steps that will be run again, and what is no line of ours."""
+        """Drop the lines of steps after `step`, which will be run again, and what is no line of ours."""
         if file.exists():
             kept = [line for line in file.read_bytes().split(b"\n") if _step_of(line) <= step]
             aside = file.with_name(f".{file.name}")

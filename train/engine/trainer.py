@@ -15,14 +15,16 @@ from accelerate.utils import gather_object
 
 from train.announce import announced
 from train.data.loader import Fetched
-from train.engine.checkpoint import Checkpoints, is_better
-from train.engine.evaluator import Evaluator, write_predictions
+from train.engine.checkpoint import Checkpoints
+from train.engine.evaluator import Evaluator
+from train.engine.gain import Gain
 from train.engine.observers import Observer, StepReport
 from train.engine.quarantine import Quarantine
 from train.engine.state import TrainedState
 from train.engine.step import StepResult, TrainStep
 from train.errors import CheckpointError, TrainingError
 from train.export.checkpoint_reader import read_state, saved_state
+from train.inference.predictions import write_predictions
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ class Intervals:
     """Steps in a row that may be left out for a loss or gradient that is not finite."""
     one_batch: bool = False
     """Repeat the first step's packs for ever."""
+    stop_after_no_gain: int = 0
+    """Evaluations without a gain after which the run ends; 0 = it does not."""
 
 
 @dataclass
@@ -66,7 +70,9 @@ class Trainer:
     name_of: a record's file and line, by its index.
     predictions: folder of the answers of each evaluation.
     observers: empty but on the main process.
+    gain: the figure by which `intervals.stop_after_no_gain` counts.
     peak_flops: operations a second that the devices of all ranks can do at most; None where it is not known.
+    expected_gib: memory that the run was expected to need; None where it was not predicted.
     """
 
     accelerator: Accelerator
@@ -82,11 +88,15 @@ class Trainer:
     evaluator: Evaluator | None
     predictions: Path
     observers: Sequence[Observer]
+    gain: Gain
     peak_flops: float | None = None
+    expected_gib: float | None = None
     position: Position = field(default_factory=Position)
     _evaluation: dict[str, float] = field(default_factory=dict)
-    _best: float | None = None
     _not_finite: int = 0
+
+    def __post_init__(self) -> None:
+        self._best = Gain(self.checkpoints.keep_best)
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint, of this engine and number of ranks or of others."""
@@ -102,14 +112,24 @@ class Trainer:
         self.quarantine.restore(state["quarantine"])
         self.position = Position(**state["position"])
         self._evaluation = state["evaluation"]
-        self._best = state.get("best")
+        self._best.best = state.get("best")
+        self.gain.load_state_dict(state.get("gain") or self.gain.state_dict())
         log.info("resumed from %s", checkpoint)
 
     @property
     def is_finished(self) -> bool:
-        """Whether all steps are done, and the evaluation after the last one."""
+        """Whether all steps are done, or no more are wanted, and the evaluation after the last one."""
         is_evaluated = self.evaluator is None or bool(self._evaluation)
-        return self.position.step == self.intervals.total_steps and is_evaluated
+        return self._is_last and is_evaluated
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether no step follows: all are done, or the evaluations have gained nothing for too long."""
+        return self.position.step == self.intervals.total_steps or self._gains_nothing
+
+    @property
+    def _gains_nothing(self) -> bool:
+        return 0 < self.intervals.stop_after_no_gain <= self.gain.without
 
     def fit(self) -> bool:
         """Train to the end of the plan, evaluating and saving on the way; False if it was asked to stop before."""
@@ -128,34 +148,38 @@ class Trainer:
         stopped = False
         if self.position.step == 0 and self.intervals.evaluate_first:
             stopped = not self.evaluate()
-        if self.position.step == self.intervals.total_steps and not self._evaluation:
+        if self._is_last and not self._evaluation:
             stopped = not self.evaluate()  # it was stopped in its last evaluation
             if self._evaluation:
-                self._is_best()
+                self._judge()
                 self.save()
         for fetched, wait_s in steps if not stopped else ():
             stopped = self._train_on(fetched, wait_s)
-            step, last = self.position.step, self.position.step == self.intervals.total_steps
-            is_best = False
-            if last or (_is_due(step, self.intervals.eval_every) and not stopped):
+            step, is_best = self.position.step, False
+            if self._is_last or (_is_due(step, self.intervals.eval_every) and not stopped):
                 stopped = not self.evaluate()
-                is_best = self._is_best()
-            if last or stopped or is_best or _is_due(step, self.intervals.save_every):
+                is_best = self._judge()
+            if self._is_last or stopped or is_best or _is_due(step, self.intervals.save_every):
                 self.save()
-            if stopped:
+            if stopped or self._is_last:
                 break
         if self.position.step:
             self.checkpoints.newest()  # wait until it is written
         return not stopped
 
-    def _is_best(self) -> bool:
+    def _judge(self) -> bool:
         """Whether the evaluation just made is the best of those after the first step, by `checkpoint.keep_best`."""
-        figure = self.checkpoints.keep_best
-        value = self._evaluation.get(figure)
-        if not is_better(figure, value, than=self._best):
+        if not self._evaluation:  # it was stopped
             return False
-        self._best = value
-        return True
+        self.gain.add(self._evaluation)
+        if self._gains_nothing:
+            log.info(
+                "the last %d evaluations had no better %s than the best before them, %s: the run ends",
+                self.gain.without,
+                self.gain.figure,
+                self.gain.best,
+            )
+        return self._best.add(self._evaluation)
 
     def save(self) -> None:
         """Begin a checkpoint; training goes on while it is written."""
@@ -166,7 +190,8 @@ class Trainer:
             **self.trained.description(),
             "quarantine": self.quarantine.state(),
             "evaluation": self._evaluation,
-            "best": self._best,
+            "best": self._best.best,
+            "gain": self.gain.state_dict(),
             "world_size": self.accelerator.num_processes,
         }
         self.checkpoints.save(self.trained.tensors, state)
@@ -198,7 +223,7 @@ class Trainer:
     def _fetch(self) -> Iterator[tuple[Fetched, float]]:
         """This rank's share of each step still to do, and the seconds it was waited for."""
         todo = self.intervals.total_steps - self.position.step
-        if todo <= 0:
+        if self._is_last:
             return iter(())
         steps = iter(self.steps_from(self.position.epoch, self.position.step_in_epoch))
         if self.intervals.one_batch:
@@ -231,6 +256,7 @@ class Trainer:
             data_wait_s=wait_s,
             device_wait_s=result.device_wait_s,
             mfu=result.flops / step_s / self.peak_flops if self.peak_flops else None,
+            expected_gib=self.expected_gib,
             rates=result.rates,
             not_finite=self.position.step - self.position.updates,
             source_losses={name: loss for name, loss in losses if loss == loss},

@@ -81,7 +81,7 @@ def export(
         failed = folder.with_name(f"{folder.name}.failed")
         _replace(failed, aside)
         raise CheckpointError(
-            f"the export is not what was trained: {_faults(report)}. It lies in '{failed}' with its {REPORT}; "
+            f"the export is not what was trained: {faults_of(report)}. It lies in '{failed}' with its {REPORT}; "
             "do not use it, and report this with that file"
         )
     _replace(folder, aside)
@@ -169,7 +169,7 @@ def _changed_keys(base: Path, model: nn.Module, trained: Iterable[str]) -> dict[
     return {key: name for key, name in stored.items() if name in changed}
 
 
-def _faults(report: dict[str, Any]) -> str:
+def faults_of(report: dict[str, Any]) -> str:
     """What a check of the export found wrong."""
     difference, tolerance = report["difference"], report["tolerance"]
     if wrong := report["wrong"]:

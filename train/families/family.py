@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -23,7 +23,7 @@ from train.errors import CheckpointError
 from train.modules.flops import Flops
 from train.modules.packed import PackedModel
 from train.modules.trainable import FROZEN, Rules
-from train.schema import Kind, Processor
+from train.schema import Batch, Kind, Processor
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,16 @@ class Family:
     """Classes of ours behind transformers' Auto classes, which an export can carry; empty where its own do."""
     conversions: Mapping[str, str] = field(default_factory=dict)
     """Other forms of its models that compute the same, each a `conversion.Conversion`, by the form's name."""
+    stock_logits_function: str = "train.families.stock:causal_logits"
+    """Loads a folder in transformers' own class: (folder) to `stock.Logits`."""
     stated_keys: tuple[str, ...] = ()
     """Keys that a config.json must state, since without them the published code takes other values than ours, and no
     weight's shape would tell; `a.b` is b in a's mapping, `a|b` one of two."""
     compiles: bool = True
     """Whether `run.compile` can compile its layers."""
     own_keys: frozenset[str] = frozenset()
-    """Keys of config.json that this project writes for itself."""
+    """Keys of config.json that belong to it, and that its class does not know: those that this project writes for
+    itself, those that published files state and no code reads, mappings of parts that are not loaded."""
 
     @property
     def modules(self) -> set[str]:
@@ -146,6 +149,11 @@ class Family:
         """
         return _resolve(self.flops_function)(model, tuned, adapted)
 
+    def stock_logits(self, folder: Path) -> Callable[[Batch], Tensor]:
+        """The logits (T, V) in fp32 that transformers' own class gives for a batch of one sample."""
+        self.register_auto_classes()
+        return _resolve(self.stock_logits_function)(folder)
+
     def conversion(self, form: str) -> Any:
         """The `conversion.Conversion` to a form."""
         return _resolve(self.conversions[form])
@@ -182,18 +190,33 @@ _OF_ANY_MODEL = frozenset(
     {"_name_or_path", "architectures", "auto_map", "model_type", "rope_scaling", "rope_theta", "torch_dtype"}
     | {"attention_dropout", "hidden_act", "num_channels"}  # of a vision tower, which have one possible value
     | {"dtype", "transformers_version", "output_attentions", "output_hidden_states", "return_dict", "use_cache"}
+    | {"_attn_implementation_autoset"}
 )
 """Keys that every config.json may hold; which of them act, docs/published_models.md says."""
 
 
-def _unknown_keys(stated: Mapping[str, Any], known: Mapping[str, Any], others: Collection[str]) -> set[str]:
+_OF_ANY_PART = frozenset(
+    {"is_decoder", "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder"}
+    | {"tie_word_embeddings", "pruned_heads", "torchscript", "use_bfloat16", "tf_legacy_loss", "finetuning_task"}
+    | {"chunk_size_feed_forward", "prefix", "problem_type", "task_specific_params", "tokenizer_class", "sep_token_id"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "id2label", "label2id", "num_labels"}
+    | {"max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"}
+    | {"top_k", "top_p", "typical_p", "diversity_penalty", "repetition_penalty", "length_penalty", "bad_words_ids"}
+    | {"no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores"}
+    | {"return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"}
+    | {"exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"}
+)
+"""Keys that earlier transformers wrote into the mapping of every part, where nothing has ever read them."""
+
+
+def _unknown_keys(stated: Mapping[str, Any], known: Mapping[str, Any], others: frozenset[str]) -> set[str]:
     """Keys of a config.json that its class does not know; those of a tower's mapping as `a.b`."""
-    unknown = stated.keys() - known.keys() - set(others)
+    unknown = stated.keys() - known.keys() - others
     for name, inner in stated.items():
-        if name in others:
+        if name in others or not isinstance(inner, dict) or not isinstance(known.get(name), dict):
             continue
-        if name.endswith("_config") and isinstance(inner, dict) and isinstance(known.get(name), dict):
-            unknown |= {f"{name}.{key}" for key in _unknown_keys(inner, known[name], others)}
+        if name.endswith("_config"):
+            unknown |= {f"{name}.{key}" for key in _unknown_keys(inner, known[name], others | _OF_ANY_PART)}
     return unknown
 
 

@@ -25,10 +25,18 @@ class Chat:
     """What the model takes beside text."""
 
     @classmethod
-    def load(cls, folder: Path | str, *, system_prompt: str | None = None, device: str | None = None) -> "Chat":
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        system_prompt: str | None = None,
+        long_audio: str | None = None,
+        device: str | None = None,
+    ) -> "Chat":
         """From a model folder, onto CUDA where there is one.
 
         system_prompt: in place of the model's own; "" for none.
+        long_audio: what becomes of long recordings, as `data.long_audio`; None = as the folder says.
         """
         family = find(folder)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -36,6 +44,8 @@ class Chat:
         model.processor = family.load_processor(folder)
         if system_prompt is not None:
             model.processor.system_prompt = system_prompt
+        if long_audio is not None:
+            model.processor.long_audio = long_audio
         return cls(model.eval(), frozenset(family.media.values()))
 
     def answer(

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -100,6 +101,9 @@ def varlen_attention(
             options |= _GROUPED_HEADS
         lengths = (segments_q.cu_seqlens, segments_k.cu_seqlens, segments_q.longest, segments_k.longest)
         return cast(Tensor, varlen_attn(q, k, v, *lengths, **options))
+    if isinstance(q, FakeTensor):  # without values; a single operator holds what the kernel would
+        ends = segments_q.cu_seqlens, segments_k.cu_seqlens
+        return cast(Tensor, _opaque_attention(q, k, v, *ends, causal, window, scale)[0])
     return _attention_by_length(q, k, v, segments_q, segments_k, causal=causal, window=window, scale=scale)
 
 

@@ -95,7 +95,7 @@ def _look_at_records(prepared: Prepared, report: Report) -> None:
     try:
         quarantine.add([note for examined in found.values() for note in examined.bad])
         if "data.train" in prepared.sets:
-            prepared.plan()
+            prepared.plan(found["data.train"].measured(prepared.sets["data.train"]))
     except OmniTuneError as error:
         report.faults.append(str(error).replace("quarantine.jsonl lists them", "they are listed here"))
 
@@ -167,7 +167,9 @@ def as_text(report: Report) -> str:
     for source in report.sources:
         shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in source["shares"].items())
         lines.append(f"{source['option']} {source['name']} ({source['path']}): {source['records']} records")
-        lines.append(f"  {source['bad']} cannot be used; {source['tokens']:,} tokens: {shares}")
+        lines.append(
+            f"  {source['bad']} cannot be used; {source['tokens']:,} tokens: {shares}; at 5 | 50 | 95 % of records:"
+        )
         for kind, about in {"all": source, **source["types"]}.items():
             lines.append(f"  {kind or '(no type)':16} {_row(about)}")
         if source["images"]:
@@ -190,11 +192,11 @@ def _row(about: dict[str, Any]) -> str:
     tokens, seconds = about["tokens_percentiles"], about["seconds_percentiles"]
     said = f"{about['usable']:7} records"
     if tokens:
-        said += f", tokens {tokens['p5']:.0f} | {tokens['p50']:.0f} | {tokens['p95']:.0f} (5 | 50 | 95 %)"
+        said += f", tokens {tokens['p5']:.0f} | {tokens['p50']:.0f} | {tokens['p95']:.0f}"
     if about["images"]:
         said += f", {about['images']} images"
     if seconds:
-        said += f", {about['clips']} clips, {about['hours']:g} h, {seconds['p50']:g} s in the middle"
+        said += f", {about['clips']} clips, {about['hours']:g} h, {seconds['p50']:g} s median"
     return said
 
 

@@ -11,13 +11,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from train.data.audio import clip_header
 from train.data.images import picture_size
-from train.data.lengths import LengthCache, holds, stamps_of
-from train.data.record_set import BadNote, RecordSet, Watching
+from train.data.lengths import LengthCache, Stamps, holds, stamps_of
+from train.data.record_set import BadNote, Measured, RecordSet, Watching
 from train.data.workers import Results
-from train.preflight.shown import tally_of
-from train.schema import Part, Record
+from train.schema import KINDS, Part, Record, Span, file_of
 
 _PART = 128
 """Records that are kept together: a second's work, after which a killed look goes on."""
@@ -33,6 +34,8 @@ class Facts:
     text: int
     image: int
     audio: int
+    units: tuple[int, ...]
+    """of each of KINDS"""
     digest: str
     """of its turns' texts and of the bytes of its media: equal records have the same"""
     images: tuple[tuple[int, int], ...]
@@ -45,6 +48,10 @@ class Facts:
         return self.learned + self.text + self.image + self.audio
 
 
+_Row = tuple[Facts, Stamps]
+"""The facts of a record, and its media as they were."""
+
+
 @dataclass
 class Examined:
     """What was found in a set: the facts of each record, None where it cannot be used; why; how many were known."""
@@ -52,6 +59,12 @@ class Examined:
     facts: list[Facts | None]
     bad: list[BadNote]
     known: int
+
+    def measured(self, records: RecordSet) -> Measured:
+        """The lengths of the records, as `RecordSet.measure` finds them."""
+        rows = [(facts.tokens, *facts.units) if facts else (0,) * (1 + len(KINDS)) for facts in self.facts]
+        types = [facts.type if facts else "" for facts in self.facts]
+        return Measured(np.array(rows, np.int32), types, records.ends)
 
 
 def examine(
@@ -67,62 +80,74 @@ def examine(
         for source, (start, end) in enumerate(pairwise([0, *records.ends.tolist()]))
         for begin in range(start, end, _PART)
     ]
+    kept = [_load(_file(records, folders, part), part[2] - part[1]) for part in parts]
+    todo = [(part, rows) for part, rows in zip(parts, kept, strict=True) if None in rows]
     cores = len(os.sched_getaffinity(0))
-    workers = replace(records.workers, count=min(cores, len(parts)) if records.workers.count else 0)
-    found = Examined([], [], 0)
+    workers = replace(records.workers, count=min(cores, len(todo)) if records.workers.count else 0)
     job = partial(_part, records, folders)
-    for facts, bad, known in Results(job, lambda done: parts[done:], records.given_up, workers):
-        found.facts += facts
-        found.bad += bad
-        found.known += known
-        on_records(len(facts))
+    looked_at = iter(Results(job, lambda done: todo[done:], records.given_up, workers)) if todo else iter(())
+    found = Examined([], [], 0)
+    for rows in kept:
+        found.known += len(rows) - rows.count(None)
+        if None in rows:
+            rows, bad = next(looked_at)
+            found.bad += bad
+        found.facts += [row[0] if row else None for row in rows]
+        on_records(len(rows))
     return found
 
 
-def _part(
-    records: RecordSet, folders: Sequence[Path | None], item: tuple[int, int, int], watch: Watching
-) -> tuple[list[Facts | None], list[BadNote], int]:
-    source, begin, end = item
-    folder = folders[source]
+def _file(records: RecordSet, folders: Sequence[Path | None], part: tuple[int, int, int]) -> Path | None:
+    """Where the facts of a part are kept: its records are counted from the beginning of their source."""
+    source, begin, end = part
     first = begin - (int(records.ends[source - 1]) if source else 0)
-    file = folder / f"{first}-{first + end - begin}.json" if folder else None
-    kept = _load(file, end - begin)
-    bad, facts = [], []
-    known = len(kept) - kept.count(None)
-    for place, row in enumerate(kept):
+    folder = folders[source]
+    return folder / f"{first}-{first + end - begin}.json" if folder else None
+
+
+def _part(
+    records: RecordSet,
+    folders: Sequence[Path | None],
+    item: tuple[tuple[int, int, int], list[_Row | None]],
+    watch: Watching,
+) -> tuple[list[_Row | None], list[BadNote]]:
+    """The rows of a part with those filled in that were not known, and notes on the records that cannot be used."""
+    part, rows = item
+    bad: list[BadNote] = []
+    done = list(rows)
+    for place, row in enumerate(rows):
         if row is None:
-            found = records.attempt(begin + place, partial(_look_at, records), watch)
+            found = records.attempt(part[1] + place, partial(_look_at, records), watch)
             if isinstance(found, BadNote):
                 bad.append(found)
             else:
-                kept[place] = found
-        row = kept[place]
-        facts.append(_facts(row[0]) if row else None)
-    if file and known + len(bad) < len(kept):
-        _save(file, kept)
-    return facts, bad, known
+                done[place] = found
+    file = _file(records, folders, part)
+    if file and done != rows:
+        _save(file, done)
+    return done, bad
 
 
-def _look_at(records: RecordSet, record: Record) -> tuple[dict[str, Any], Any]:
+def _look_at(records: RecordSet, record: Record) -> _Row:
     """The facts of a record, and its media as they were."""
     stamps = stamps_of(record)
-    records.measure_one(record)
-    outline = records.outline_of(record)
-    records.encode(record)
-    tally = tally_of(outline)
+    sample = records.encode(record)
+    places = {kind: len(sample.media[kind].places) if kind in sample.media else 0 for kind in KINDS}
+    learned = int((sample.loss_weights > 0).sum())
     media = [part for turn in record.turns for part in turn.parts if part.kind != "text"]
     clips = [clip_header(part.content) for part in media if part.kind == "audio"]
     facts = Facts(
         type=record.type,
-        learned=tally.learned,
-        text=tally.text,
-        image=tally.image,
-        audio=tally.audio,
+        learned=learned,
+        text=len(sample.input_ids) - learned - sum(places.values()),
+        image=places["image"],
+        audio=places["audio"],
+        units=tuple(len(sample.media[kind].values) if kind in sample.media else 0 for kind in KINDS),
         digest=_digest(record),
-        images=tuple(picture_size(part.content) for part in media if part.kind == "image"),
+        images=tuple(picture_size(file_of(part.content)) for part in media if part.kind == "image"),
         clips=tuple((header.seconds or 0.0, header.rate) for header in clips),
     )
-    return asdict(facts), stamps
+    return facts, stamps
 
 
 def _digest(record: Record) -> str:
@@ -134,35 +159,38 @@ def _digest(record: Record) -> str:
 
 
 def _content_digest(part: Part) -> bytes:
-    if isinstance(part.content, str) and part.kind != "text":
-        with Path(part.content).open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
-    content = part.content if isinstance(part.content, bytes) else part.content.encode()
-    return hashlib.blake2b(content).digest()
+    content = file_of(part.content)
+    span = f"{part.content.start_s} {part.content.end_s}".encode() if isinstance(part.content, Span) else b""
+    if isinstance(content, str) and part.kind != "text":
+        with Path(content).open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest() + span
+    return hashlib.blake2b(content if isinstance(content, bytes) else content.encode()).digest() + span
 
 
-def _facts(row: Any) -> Facts:
-    images, clips = (tuple(tuple(one) for one in row[name]) for name in ("images", "clips"))
-    return Facts(**{**row, "images": images, "clips": clips})
-
-
-def _load(file: Path | None, count: int) -> list[Any]:
-    """(facts, stamps) of each record that is known, and whose media have not changed; else None."""
+def _load(file: Path | None, count: int) -> list[_Row | None]:
+    """What is known of each record, None where it is not, or the media have changed."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape")) if file else []
         if len(rows) == count:
-            return [row if row and all(holds(tuple(stamp)) for stamp in row[1]) else None for row in rows]
+            return [_read(row) if row and all(holds(tuple(stamp)) for stamp in row[1]) else None for row in rows]
     except (OSError, ValueError, LookupError, TypeError):  # none, or damaged
         pass
     return [None] * count
 
 
-def _save(file: Path, rows: list[Any]) -> None:
+def _read(row: Any) -> _Row:
+    held, stamps = row
+    images, clips = (tuple(tuple(one) for one in held[name]) for name in ("images", "clips"))
+    return Facts(**{**held, "units": tuple(held["units"]), "images": images, "clips": clips}), stamps
+
+
+def _save(file: Path, rows: Sequence[_Row | None]) -> None:
     """Keep a part; written aside first. Where that fails, the next look does its work again."""
     aside = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    written = [row and (asdict(row[0]), row[1]) for row in rows]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(rows, ensure_ascii=True), encoding="utf-8")
+        aside.write_text(json.dumps(written, ensure_ascii=True), encoding="utf-8")
         aside.replace(file)
     except OSError:
         aside.unlink(missing_ok=True)

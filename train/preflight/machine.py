@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from train.config import Options, Tracker
+from train.config import Options
 from train.engine.environment import versions
-from train.engine.tracking import has_key
+from train.engine.tracking.to_wandb import has_key
 from train.export.base_folder import available_memory
 
 _PORT = 29500
@@ -40,7 +40,7 @@ def look_at_machine(options: Options) -> tuple[dict[str, Any], list[str], list[s
     port = int(os.environ.get("MAIN_PORT", _PORT))
     if not _is_free(port):
         notes.append(f"port {port} is taken; with several machines, choose another by MAIN_PORT")
-    if options.tracker.name is Tracker.wandb and not has_key():
+    if options.tracker.wandb and not has_key():
         notes.append("tracker=wandb has no key here, so W&B records offline; `wandb login`, or tracker=none")
     return about, faults, notes
 

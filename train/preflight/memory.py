@@ -1,17 +1,16 @@
 """GPU memory of a training step, from the real model on fake tensors: no weights, no device, no values.
 
 The model's parameters are fake tensors on the CPU, and a dispatch mode sums the storages that live, as CUDA's allocator
-rounds them. Two substitutions make the CPU's ways CUDA's: attention by one kernel, dropout that keeps a mask of bytes.
+rounds them. Two of the CPU's ways become CUDA's: attention by one operator (which fake tensors take, see
+`modules.attention`), dropout that keeps a mask of bytes.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,8 @@ from train.config import Options
 from train.engine.accelerator import zero_stage
 from train.engine.build import compute_dtype_of, weight_dtypes, with_trainable
 from train.engine.masters import MasterWeights
+from train.engine.optimizer import matrices
 from train.families.family import Family
-from train.modules import attention
-from train.modules.attention import Segments
 from train.modules.objectives import NextToken
 from train.modules.packed import PackedModel, without_adapters
 from train.modules.trainable import is_adapter, module_of
@@ -51,6 +49,8 @@ class Measured:
     """values that learn"""
     largest_group: int
     """values of the largest group of parameters that an optimizer updates together"""
+    by_muon: int
+    """values that learn in the matrices that Muon would update"""
     quantizable: int
     """values that QLoRA would store in 4 bit"""
 
@@ -91,7 +91,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure_step(options: Options, family: Family, folder: Path, batch: Batch) -> Measured:
-    """Bytes of a step of two micro-batches, each this batch; the second holds the first one's gradients.
+    """Bytes of a step's micro-batch that is not the first: it holds the gradients of those before.
 
     folder: a model folder, of which the configuration is read.
     """
@@ -99,16 +99,14 @@ def measure_step(options: Options, family: Family, folder: Path, batch: Batch) -
     model = _fake_model(options, family, folder, mode)
     fake = _fake_batch(batch, mode)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _as_on_cuda(), LiveBytes() as live:
+    with LiveBytes() as live:
         masters = None if zero_stage(options) else _masters(options, trained, mode)
+        if not masters:
+            _hold_gradients(trained, mode)
         weights = [*model.parameters(), *model.buffers()]
         for held in weights:
             live.hold(held)
-        for _ in range(2):
-            live.peak = live.now
-            loss = NextToken().loss(model, fake)
-            loss.total.backward()
-            del loss
+        NextToken().loss(model, fake).total.backward()
     apart = [masters[parameter] for parameter in trained if masters[parameter] is not parameter] if masters else []
     gradients = masters.buckets if masters else [value.grad for value in trained if value.grad is not None]
     return Measured(
@@ -118,8 +116,15 @@ def measure_step(options: Options, family: Family, folder: Path, batch: Batch) -
         peak=live.peak,
         trained=sum(parameter.numel() for parameter in trained),
         largest_group=_largest_group(model, family),
+        by_muon=sum(value.numel() for value in matrices(model) if value.requires_grad),
         quantizable=_quantizable(model, family),
     )
+
+
+def _hold_gradients(trained: Sequence[nn.Parameter], mode: FakeTensorMode) -> None:
+    with mode:
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
 
 
 def _masters(options: Options, trained: Sequence[nn.Parameter], mode: FakeTensorMode) -> MasterWeights:
@@ -162,8 +167,12 @@ def _fake_model(options: Options, family: Family, folder: Path, mode: FakeTensor
     for name, parameter in skeleton.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if in_float32 and in_float32(name) else dtype)
     model = with_trainable(options, family, skeleton).train()
+    skeleton.liger_loss = False  # whose kernel takes no fake tensors
     fakes: dict[int, nn.Parameter] = {}
-    for part in model.modules():
+    for part in list(model.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, nn.Dropout) and child.p:
+                setattr(part, name, _Dropout(child.p))
         for name, parameter in list(part.named_parameters(recurse=False)):
             if id(parameter) not in fakes:
                 with mode:
@@ -178,41 +187,12 @@ def _fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
     return batch._map(mode.from_tensor, on_cpu=lambda tensor: tensor)
 
 
-@contextmanager
-def _as_on_cuda() -> Iterator[None]:
-    """Attention, LayerNorm and dropout with the memory that they take on CUDA."""
-    functional = torch.nn.functional
-    with (
-        patch.object(attention, "_attention_by_length", _attention_kernel),
-        patch.object(functional, "dropout", _dropout(functional.dropout)),
-    ):
-        yield
+class _Dropout(nn.Module):
+    """Dropout that keeps a mask of bytes, as CUDA's does."""
 
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
 
-class _Attention(torch.autograd.Function):
-    """A kernel that keeps its inputs, its output and the logarithms of its sums."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        sums = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v, _, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _attention_kernel(q: Tensor, k: Tensor, v: Tensor, *_: Segments, **__: Any) -> Tensor:
-    return _Attention.apply(q, k, v)
-
-
-def _dropout(original: Any) -> Any:
-    def dropout(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or not p or inplace:
-            return original(values, p, training, inplace)
-        return torch.native_dropout(values, p, True)[0]
-
-    return dropout
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.native_dropout(values, self.p, True)[0]

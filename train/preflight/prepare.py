@@ -1,5 +1,6 @@
 """What all that looks at a run before it begins needs first: its model's folder, its records and their lengths."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 from train.announce import SILENCE_S
 from train.checks import model_folder
 from train.config import Options
+from train.data.lengths import LengthCache
 from train.data.loader import StepPlan
 from train.data.record_set import BadNote, Measured, RecordSet
-from train.engine.build_data import flops_of, length_cache, make_plan
+from train.engine.build_data import flops_of, length_cache, make_plan, read_speeds
 from train.engine.terminal import progress_bar
 from train.families.family import Family
 from train.families.registry import find
@@ -31,17 +33,22 @@ class Prepared:
     @cached_property
     def measured(self) -> dict[str, tuple[Measured, list[BadNote]]]:
         """Lengths of the records of each set, and why others cannot be used; as training measures and keeps them."""
-        cache = length_cache(self.options, self.folder)
+        return self._measure(self.sets, length_cache(self.options, self.folder))
+
+    def plan(self, measured: Measured | None = None) -> StepPlan:
+        """The steps of the run. measured: of data.train, where that is known already."""
+        flops = flops_of(self.options, self.family, self.folder)
+        records, measured = self.sets["data.train"], measured or self.measured["data.train"][0]
+        speeds = read_speeds(self.options, self.folder, records, measured, self._measure)
+        return make_plan(self.options, flops, records, measured, speeds)
+
+    @staticmethod
+    def _measure(sets: Mapping[str, RecordSet], cache: LengthCache | None) -> dict[str, tuple[Measured, list[BadNote]]]:
         found = {}
-        for name, records in self.sets.items():
+        for name, records in sets.items():
             with progress_bar(f"measuring {name}: record", len(records), delay_s=SILENCE_S) as bar:
                 found[name] = records.measure(cache, bar.update)
         return found
-
-    def plan(self) -> StepPlan:
-        """The steps of the run."""
-        flops = flops_of(self.options, self.family, self.folder)
-        return make_plan(self.options, flops, self.sets["data.train"], self.measured["data.train"][0])
 
 
 def prepare(options: Options) -> Prepared:

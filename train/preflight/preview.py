@@ -4,13 +4,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from train.data.record_set import BadNote, Measured, RecordSet, Watching
 from train.data.workers import Results
+from train.pages.page import render
 from train.preflight.prepare import Prepared
 from train.preflight.shown import ShownRecord, Tally, show, tally_of
 from train.schema import Record
@@ -67,7 +66,8 @@ def preview(prepared: Prepared, *, each: int, command: str) -> str:
         shown, counted, failed = _read(records, [row for row, _, _ in chosen], [row for pack in drawn for row in pack])
         sources += _sources(option, records, measured, [*bad, *failed], chosen, shown)
         packs += [_pack(pack, records, counted) for pack in drawn]
-    return _page().render(
+    return render(
+        Path(__file__).with_name("preview.html.jinja"),
         command=command,
         model=prepared.folder,
         sources=sources,
@@ -76,11 +76,6 @@ def preview(prepared: Prepared, *, each: int, command: str) -> str:
         max_tokens=plan.limits.tokens,
         most_bad=_BAD,
     )
-
-
-def _page() -> Any:
-    loader = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("preview.html.jinja")
 
 
 def _choose(measured: Measured, each: int) -> list[tuple[int, int, str]]:

@@ -12,8 +12,8 @@ from tokenizers.decoders import DecodeStream
 from train.data.audio import SAMPLE_RATE, clip_header, load_clip
 from train.data.images import load_picture
 from train.data.record_set import RecordSet
-from train.preflight.drawing import clip_uri, mel_uri, picture_uri, waveform_path
-from train.schema import Kind, Media, Outline, Placed, Record, Sample
+from train.pages.drawing import clip_uri, mel_uri, picture_uri, waveform_path
+from train.schema import Kind, Media, Outline, Placed, Record, Sample, Span, Window, file_of
 
 
 @dataclass(frozen=True)
@@ -166,14 +166,16 @@ def _clips(media: Mapping[Kind, Media]) -> Iterator[torch.Tensor]:
 
 
 def _name(placed: Placed) -> str:
-    if isinstance(placed.source, bytes):
-        return f"embedded, {len(placed.source)} bytes"
-    path = Path(placed.source)
+    file = file_of(placed.source)
+    if isinstance(file, bytes):
+        return f"embedded, {len(file)} bytes"
+    path = Path(file)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _clip(placed: Placed, number: int, mel: torch.Tensor | None) -> ShownMedium:
-    header, clip = clip_header(placed.source), load_clip(placed.source)
+    source = placed.source
+    header, clip = clip_header(source), load_clip(source)
     heard = len(clip) if placed.seconds is None else round(placed.seconds * SAMPLE_RATE)
     used = clip[:heard]
     notes = [f"{len(used) / SAMPLE_RATE:.2f} s, {len(placed.places)} tokens"]
@@ -181,6 +183,12 @@ def _clip(placed: Placed, number: int, mel: torch.Tensor | None) -> ShownMedium:
         notes[0] += f", {len(mel)} mel frames"
     if len(clip) - heard > SAMPLE_RATE // 10:
         notes.append(f"cut: {len(clip) / SAMPLE_RATE:.2f} s in the file")
+    if isinstance(source, Window):
+        begin, end, total = (samples / SAMPLE_RATE for samples in (source.begin, source.end, source.total))
+        notes.append(f"a window of a recording of {total:.2f} s, from {begin:.2f} to {end:.2f} s")
+        source = source.source
+    if isinstance(source, Span):
+        notes.append(f"a span of the file, from {source.start_s:.2f} s on")
     if header.rate != SAMPLE_RATE:
         notes.append(f"resampled from {header.rate:,} Hz to {SAMPLE_RATE:,} Hz")
     if header.channels > 1:
@@ -190,7 +198,7 @@ def _clip(placed: Placed, number: int, mel: torch.Tensor | None) -> ShownMedium:
 
 
 def _image(placed: Placed, number: int) -> ShownMedium:
-    picture = load_picture(placed.source)
+    picture = load_picture(file_of(placed.source))
     width, height = picture.size
     slices = [
         ShownSlice(left * width, top * height, (right - left) * width, (bottom - top) * height, part.pixels)

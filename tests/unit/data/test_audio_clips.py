@@ -14,6 +14,7 @@ from train.data import audio
 from train.data.audio import clip_length, fit_clip, load_clip, log_mel
 from train.errors import BadRecord
 from train.families.megrezo.geometry import mel_frames
+from train.schema import Span
 
 
 def encoded(samples: np.ndarray, rate: int, form: str, subtype: str | None = None) -> bytes:
@@ -202,3 +203,43 @@ def test_log_mel_equals_whisper_on_the_clip_padded_to_30_s(samples, bins):
     assert whole.shape == (bins, 3000)
     assert (mel.shape, mel.dtype) == ((bins, frames), torch.float32)
     assert np.abs(mel.numpy() - whole[:, :frames]).max() <= 1e-5
+
+
+class TestSpans:
+    """A stretch of a recording, decoded without the rest."""
+
+    @staticmethod
+    def sweep(seconds: float, rate: int) -> np.ndarray:
+        """Sound that never repeats."""
+        return (0.4 * np.sin(2 * np.pi * 60 * np.arange(round(seconds * rate)) ** 1.3 / rate**1.3))[:, None]
+
+    @pytest.mark.parametrize(
+        ("form", "subtype", "within"),
+        [("WAV", "FLOAT", 0), ("FLAC", None, 0), ("OGG", "VORBIS", 1e-5), ("OGG", "OPUS", 2e-2), ("MP3", None, 2e-2)],
+    )
+    def test_a_span_is_that_stretch_of_the_whole(self, form, subtype, within):
+        data = encoded(self.sweep(6.0, 16_000), 16_000, form, subtype)
+        span = Span(data, 1.25, 3.5)
+        whole, clip = load_clip(data), load_clip(span)
+        assert clip_length(span) == len(clip) == 36_000
+        assert np.abs(clip - whole[20_000:56_000]).max() <= within
+        assert np.array_equal(load_clip(Span(data, 1.25)), load_clip(Span(data, 1.25, None)))
+        assert clip_length(Span(data, 1.25)) == clip_length(data) - 20_000
+
+    @pytest.mark.parametrize(("form", "codec"), [("mp4", "aac"), ("matroska", "pcm_s16le")])
+    def test_a_span_through_pyav(self, form, codec):
+        data = by_av(self.sweep(6.0, 16_000).astype(np.float32), 16_000, form, codec)
+        whole, clip = load_clip(data), load_clip(Span(data, 2.0, 3.5))
+        assert clip_length(Span(data, 2.0, 3.5)) == len(clip) == 24_000
+        assert np.abs(clip - whole[32_000:56_000]).max() <= 1e-3
+
+    def test_nothing_but_the_span_is_decoded(self, monkeypatch):
+        decoded = []
+        monkeypatch.setattr(audio, "resampled", lambda samples, rate: decoded.append(len(samples)) or samples)
+        load_clip(Span(wav(20.0, 8_000), 12.0, 14.0))
+        assert decoded == [16_000]
+
+    @pytest.mark.parametrize(("start", "end"), [(0.5, 2.2), (2.0, None), (7.0, 8.0)])
+    def test_a_span_beyond_the_end_is_refused(self, start, end):
+        with pytest.raises(BadRecord, match=r"embedded audio: its span goes from .* to .* s, and it has 2\.00 s"):
+            clip_length(Span(wav(2.0), start, end))

@@ -6,7 +6,7 @@ import pytest
 
 from train.data.records import parse_record
 from train.errors import BadRecord
-from train.schema import Part
+from train.schema import Part, Span
 
 
 @pytest.fixture
@@ -240,3 +240,45 @@ def test_bad_records_say_where_and_why(root, raw, reason):
     with pytest.raises(BadRecord, match=reason) as fault:
         parse(raw, root)
     assert str(fault.value).startswith("records.jsonl:17: ")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        megrez({"audio": {"path": "q.wav", "start_s": 12.5, "end_s": 31}}),
+        megrez({"audio": [{"path": "q.wav", "bytes": None, "start_s": 12.5, "end_s": 31}]}),
+        llava("<audio>", "yes", audio={"path": "q.wav", "start_s": 12.5, "end_s": 31}),
+        openai([{"type": "audio", "path": "q.wav", "start_s": 12.5, "end_s": 31}]),
+        openai([{"type": "audio", "audio": {"path": "q.wav", "start_s": 12.5, "end_s": 31}}]),
+        openai([{"type": "audio_url", "audio_url": {"url": "q.wav", "start_s": 12.5, "end_s": 31}}]),
+    ],
+)
+def test_a_recording_may_name_a_span(root, raw):
+    [part] = parse(raw, root).turns[0].parts
+    assert part == Part("audio", Span(str((root / "q.wav").resolve()), 12.5, 31.0))
+
+
+def test_a_span_without_an_end_or_a_start(root):
+    whole = str((root / "q.wav").resolve())
+    for span, expected in (({"start_s": 2}, Span(whole, 2.0)), ({"end_s": 3.5}, Span(whole, 0.0, 3.5))):
+        assert parse(megrez({"audio": {"path": "q.wav", **span}}), root).turns[0].parts[0].content == expected
+    none = {"path": "q.wav", "start_s": None, "end_s": None}
+    assert parse(megrez({"audio": none}), root).turns[0].parts[0].content == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({"audio": {"path": "q.wav", "start_s": "2"}}, "audio with start_s '2'; write seconds, from 0 to 1e"),
+        ({"audio": {"path": "q.wav", "end_s": -1}}, "audio with end_s -1; write seconds"),
+        ({"audio": {"path": "q.wav", "end_s": float("nan")}}, "audio with end_s nan; write seconds"),
+        (
+            {"audio": {"path": "q.wav", "start_s": 3, "end_s": 3}},
+            "audio with end_s 3 and start_s 3; end_s is",
+        ),
+        ({"image": {"path": "a.jpg", "start_s": 3}}, "image with start_s; a span is one recording's"),
+    ],
+)
+def test_a_span_that_is_none(root, content, why):
+    with pytest.raises(BadRecord, match=f"records.jsonl:17: {why}"):
+        parse(megrez(content), root)

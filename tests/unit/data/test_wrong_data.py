@@ -99,7 +99,7 @@ BAD_MEDIA = [
     ("audio", riff(0, 16_000, bytes(32_000)), "convert it to WAV|is no recording"),
     ("audio", riff(1, 0, bytes(32_000)), "is no recording"),
     ("audio", riff(1, 1_000_000, bytes(32_000)), "it has 1000000 samples a second, more than 384000"),
-    ("audio", riff(1, 8_000, bytes(16_000 * 1800)), "is longer than 30 s; split it, or set data.long_audio=cut$"),
+    ("audio", riff(1, 8_000, bytes(16_000 * 1800)), "is longer than 30 s; set data.long_audio=split, or cut$"),
     ("audio", float_wav(np.nan), "samples that are not numbers"),
     ("audio", float_wav(np.inf), "samples that are not numbers"),
     ("audio", float_wav(1e30), r"no sound \(up to 1e\+30\)"),

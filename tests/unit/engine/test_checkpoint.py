@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from tests.runs import forget_accelerator
-from train.engine.checkpoint import Checkpoints, is_better
+from train.engine.checkpoint import Checkpoints
+from train.engine.gain import is_better
 from train.errors import CheckpointError
 from train.export.checkpoint_reader import MANIFEST, SavedState, damage, newest_whole, read_state, trained_weights
 

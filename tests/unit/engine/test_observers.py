@@ -9,10 +9,10 @@ from train.engine.evaluator import Evaluation
 from train.engine.observers import MetricsFile, StepReport
 
 
-def report(step: int) -> StepReport:
+def report(step: int, loss: float = 2.0) -> StepReport:
     return StepReport(
         step=step,
-        loss=2.0,
+        loss=loss,
         grad_norm=0.5,
         tokens=100,
         supervised_tokens=10,
@@ -63,6 +63,13 @@ def test_resuming_forgets_the_steps_that_are_run_again(tmp_path: Path) -> None:
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     MetricsFile(file, 2).close(failed=False)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_starting_anew_forgets_the_evaluation_before_the_first_step_too(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0, "eval/loss": 1}\n{"step": 1}\n')
+    MetricsFile(file, -1).close(failed=False)
+    assert file.read_text() == ""
 
 
 @pytest.mark.parametrize("broken", [b"\xff\xfe\n", b"3\n", b'{"step": null}\n', b"[" * 9999 + b"\n"])

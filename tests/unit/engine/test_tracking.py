@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
 
 from tests.unit.engine.test_observers import evaluation, report
 from train.config import TrackerOptions
-from train.engine.tracking import WandbTracker
+from train.engine.tracking.chosen import trackings
+from train.engine.tracking.tracker import TrackedRun, Tracking
+from train.run_folder import RunFolder
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -24,10 +27,15 @@ def wandb_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     wandb.teardown()
 
 
+def start(folder: Path, **options: Any) -> Tracking:
+    [tracking] = trackings(TrackedRun("test", RunFolder(folder), TrackerOptions(wandb=True, **options), {"run": {}}))
+    return tracking
+
+
 def track(folder: Path, project: str = "tests") -> None:
     """All that a run asks of its tracker."""
     folder.mkdir(exist_ok=True)
-    tracker = WandbTracker(TrackerOptions(project=project), name="test", folder=folder, config={"run": {"seed": 0}})
+    tracker = start(folder, project=project)
     tracker.on_evaluation(0, evaluation({"eval/loss": 2.0}))
     tracker.on_step(report(1))
     tracker.close(failed=False)
@@ -49,7 +57,7 @@ def test_a_key_and_no_network(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr("train.engine.tracking._PATIENCE_S", 3)
+    monkeypatch.setattr("train.engine.tracking.to_wandb._PATIENCE_S", 3)
     track(tmp_path / "run")
     assert len(recorded(tmp_path / "run")) == 1
     assert "records offline" in caplog.text
@@ -106,7 +114,7 @@ def test_a_project_that_wandb_refuses(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_service_that_dies_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    tracker = WandbTracker(TrackerOptions(), name="test", folder=folder, config={})
+    tracker = start(folder)
     wandb.teardown(exit_code=1)
     for step in range(1, 4):
         tracker.on_step(report(step))

@@ -18,6 +18,7 @@ from tests.unit.data.builders import png, wav
 from tests.unit.data.test_wrong_data import BAD_MEDIA, asks
 from train.commands.main import main
 from train.commands.options import compose_options
+from train.data import workers
 from train.engine.build_data import length_cache
 from train.export.model_folder import write_random_model
 from train.preflight.doctor import Report, as_text, examine_run
@@ -148,6 +149,36 @@ def test_a_killed_look_goes_on_where_it_was(tmp_path: Path) -> None:
     assert look(tmp_path).known == 256
     (tmp_path / "7.png").write_bytes(png(40, 40))  # changed: looked at again
     assert look(tmp_path).known == 399
+
+
+def test_a_second_look_starts_no_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_good(tmp_path, 200)
+    look(tmp_path)
+    counts: list[int] = []
+    start = workers.Results._start
+
+    def counted(self: workers.Results[Any], done: int) -> Any:
+        counts.append(self.workers.count)
+        return start(self, done)
+
+    monkeypatch.setattr(workers.Results, "_start", counted)
+    assert look(tmp_path, "data.workers=2").known == 200
+    assert counts == []
+    prepared = prepare(compose_options([*words_of(tmp_path), "data.workers=2"])[0])
+    first = prepared.sets["data.train"].measure(length_cache(prepared.options, prepared.folder))  # nothing is known yet
+    second = prepared.sets["data.train"].measure(length_cache(prepared.options, prepared.folder))
+    assert counts == [1, 0]
+    assert (first[0].lengths == second[0].lengths).all()
+
+
+def test_lengths_are_those_that_training_measures(tmp_path: Path) -> None:
+    write_good(tmp_path, 30)
+    (tmp_path / "7.png").write_bytes(b"")
+    prepared = prepare(compose_options(words_of(tmp_path))[0])
+    records = prepared.sets["data.train"]
+    examined, measured = examine(records, None).measured(records), records.measure()[0]
+    assert (examined.lengths == measured.lengths).all()
+    assert (examined.types, examined.ends.tolist()) == (measured.types, measured.ends.tolist())
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The plan's memory: summed as torch's own tracker sums it, shared out as the engines do."""
 
 import json
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from tests.builders import make_batch, mixed_samples
-from tests.runs import SAMPLE, write_small_model
+from tests.runs import SAMPLE, forget_accelerator, write_records, write_small_model
 from train.commands.main import main
 from train.commands.options import compose_options
 from train.config import Engine, Options
@@ -66,7 +67,7 @@ def test_bytes_are_those_of_torchs_own_tracker(
     trained = list(fake.parameters())
     tracker = MemTracker()
     tracker.track_external(*trained)
-    with memory._as_on_cuda(), tracker:
+    with tracker:
         masters = None if "engine=zero2" in words else memory._masters(options, trained, mode)
         for _ in range(2):
             loss = NextToken().loss(fake, inputs)
@@ -105,6 +106,7 @@ def test_engines_share_out_what_they_say() -> None:
         peak=5 * GIB,
         trained=GIB,
         largest_group=GIB // 2,
+        by_muon=GIB // 2,
         quantizable=GIB // 2,
     )
     options = compose_options([])[0]
@@ -141,3 +143,20 @@ def test_the_command_says_what_a_run_takes(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as ended:
         main(["plan", "--gpus", "0"])
     assert "--gpus is 0; it must be at least 1" in str(ended.value.code)
+
+
+def test_three_real_steps_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forget_accelerator()
+    model = write_small_model(tmp_path)
+    words = [f"model.random_from={model}", *write_records(tmp_path), "engine=none", "data.workers=0"]
+    main(["plan", *words, "data.max_tokens=256", "run.packs_per_step=1", "tracker=none", "--measure"])
+    said = capsys.readouterr().out
+    steps, hours = re.search(r"work: (\d+) steps, .*; (\S+) hours, measured", said).groups()  # type: ignore[union-attr]
+    assert float(re.search(r"at its peak +(\S+) GiB", said)[1]) > 0.1  # type: ignore[index]
+    seconds = float(re.search(r"a step +(\S+) s", said)[1])  # type: ignore[index]
+    # packs are about equally full
+    assert float(hours) == pytest.approx(int(steps) * seconds / 3600, rel=0.5)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["model"]
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--measure", "--gpus", "2"])
+    assert "--measure runs the steps here" in str(ended.value.code)

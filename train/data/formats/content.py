@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import BadRecord
-from train.schema import KINDS, Kind, Part
+from train.schema import KINDS, Kind, Part, Span, file_of
 
 MAX_PARTS = 4096
 """Most turns of a conversation, and most texts, pictures and recordings in them."""
+
+MAX_SECOND = 1e7
+"""Last second that a span may name."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _QUOTE = reprlib.Repr()
@@ -50,10 +53,11 @@ def _item(item: Any, root: Path | None) -> list[Part]:
         return text_parts(item.get("text"))
     if kind in KINDS:
         found = [item[key] for key in (kind, "path", "url") if item.get(key) is not None]
-        return [medium_part(kind, found[0] if found else None, root)]
+        return [_with_span(medium_part(kind, found[0] if found else None, root), item)]
     if kind in ("image_url", "audio_url"):
         value = item.get(kind)
-        return [medium_part(kind.removesuffix("_url"), value.get("url") if isinstance(value, dict) else value, root)]
+        held = value if isinstance(value, dict) else {"url": value}
+        return [_with_span(medium_part(kind.removesuffix("_url"), held.get("url"), root), held)]
     if kind == "input_audio":
         value = item.get("input_audio")
         data = value.get("data") if isinstance(value, dict) else None
@@ -88,9 +92,10 @@ def text_parts(value: Any) -> list[Part]:
 
 
 def medium_part(kind: Kind, value: Any, root: Path | None) -> Part:
-    """A picture or recording: its bytes, or the real path of a regular file under `root`."""
+    """A picture or recording: its bytes, or the real path of a regular file under `root`; of a recording, a span."""
     if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        file = value.get("path") if value.get("bytes") is None else value["bytes"]
+        return _with_span(medium_part(kind, file, root), value)
     if isinstance(value, bytes) and value:
         return Part(kind, value)
     if not isinstance(value, str) or not value:
@@ -103,6 +108,22 @@ def medium_part(kind: Kind, value: Any, root: Path | None) -> Part:
     if _URL.match(value):
         raise BadRecord(f"{kind} {quoted(value)} is a URL, and nothing is fetched; save it under root")
     return Part(kind, _contained_file(kind, value, root))
+
+
+def _with_span(part: Part, stated: dict[str, Any]) -> Part:
+    """The recording, or the span of it that `start_s` and `end_s` name."""
+    given = {name: stated[name] for name in ("start_s", "end_s") if stated.get(name) is not None}
+    if not given:
+        return part
+    if part.kind != "audio" or isinstance(part.content, Span):
+        raise BadRecord(f"{part.kind} with {' and '.join(given)}; a span is one recording's, and stated once")
+    for name, second in given.items():
+        if not isinstance(second, int | float) or isinstance(second, bool) or not 0 <= second < MAX_SECOND:
+            raise BadRecord(f"audio with {name} {quoted(second)}; write seconds, from 0 to {MAX_SECOND:g}")
+    start, end = float(given.get("start_s", 0.0)), given.get("end_s")
+    if end is not None and end <= start:
+        raise BadRecord(f"audio with end_s {end:g} and start_s {start:g}; end_s is the later one")
+    return Part("audio", Span(file_of(part.content), start, None if end is None else float(end)))
 
 
 def _decode_base64(kind: Kind, data: str) -> bytes:

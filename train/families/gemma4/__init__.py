@@ -21,6 +21,7 @@ GEMMA4 = Family(
     ),
     flops_function="train.families.gemma4.flops:gemma4_flops",
     media={"vision_encoder": "image", "vision_proj": "image", "audio_encoder": "audio", "audio_proj": "audio"},
+    stock_logits_function="train.families.gemma4.stock:gemma4_logits",
     lora_targets={
         "llm": (*LLAMA_LAYERS, "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
         "vision_encoder": (

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 
-from train.data.audio import SAMPLE_RATE, clip_length, load_fitted, name_of
+from train.data.audio import SAMPLE_RATE, name_of
 from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
 from train.data.images import load_picture, picture_size
@@ -22,6 +22,7 @@ from train.families.gemma4.config import MEL_BINS
 from train.families.gemma4.geometry import FRAME, HOP, LONGEST, clip_places, mel_frames
 from train.families.gemma4.template import GEMMA4_TEMPLATE
 from train.model_settings import count_faults, fixed_faults, refuse
+from train.schema import Changes, file_of
 
 IMAGE = ("<|image>", "<|image|>", "<image|>")
 AUDIO = ("<|audio>", "<|audio|>", "<audio|>")
@@ -92,7 +93,7 @@ class Gemma4Processor(RecordProcessor):
 
     Args:
         system_prompt: put first where a conversation has no system turn; None and "" put none.
-        long_audio: what happens to a clip longer than 30 s: "quarantine" or "cut".
+        long_audio: what happens to a clip longer than 30 s: "cut"; "quarantine" and "split" refuse it.
 
     `system_prompt`, `long_audio` and `image_places` may be set at any time.
     """
@@ -144,11 +145,11 @@ class Gemma4Processor(RecordProcessor):
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         source = segment.content
         if segment.kind == "image":
-            size = self.images.grid(*picture_size(source))
+            size = self.images.grid(*picture_size(file_of(source)))
             names, places = IMAGE, size[0] * size[1] // self.images.pooling_kernel_size**2
             medium = Medium("image", source, size, 0, 0, np.arange(places))
         else:
-            samples = self._usable_samples(clip_length(source), f"audio {name_of(source)}")
+            samples = self._usable_samples(self._heard_length(source, tokens.speed), f"audio {name_of(source)}")
             names, places = AUDIO, clip_places(mel_frames(samples))
             medium = Medium("audio", source, samples, 0, 0, np.arange(places))
         opening, place, closing = map(self._encoder.special, names)
@@ -160,7 +161,7 @@ class Gemma4Processor(RecordProcessor):
 
     def _usable_samples(self, samples: int, name: str) -> int:
         """How many of a clip's samples at 16 kHz are used; BadRecord if it is too long or too short."""
-        if samples > LONGEST and self.long_audio == "quarantine":
+        if samples > LONGEST and self.long_audio != "cut":  # this family has no windows of one recording
             raise BadRecord(
                 f"{name} of {samples / SAMPLE_RATE:.1f} s is longer than {LONGEST / SAMPLE_RATE:g} s; "
                 "split it, or set data.long_audio=cut"
@@ -176,10 +177,12 @@ class Gemma4Processor(RecordProcessor):
     def _seconds(self, medium: Medium) -> float | None:
         return medium.size / SAMPLE_RATE if medium.kind == "audio" else None
 
-    def _decoded(self, medium: Medium) -> tuple[Tensor, Tensor]:
+    def _decoded(self, medium: Medium, changes: Changes | None) -> tuple[Tensor, Tensor]:
         """Of an image uint8 (U, 3·patch²) and (1, 2); of a clip float32 (U, B) and (1,)."""
         if medium.kind == "image":
-            return self.images.patches(load_picture(medium.source))
-        clip = load_fitted(medium.source, medium.size, is_cut=medium.size == LONGEST)
-        mel = self.feature_extractor([clip], pad_to_multiple_of=None, return_tensors="np")["input_features"][0]
-        return torch.from_numpy(mel), torch.tensor([len(mel)])
+            picture = load_picture(file_of(medium.source))
+            return self.images.patches(changes.picture(picture) if changes else picture)
+        clip = self._heard(medium.source, medium.size, changes, is_cut=medium.size == LONGEST)
+        features = self.feature_extractor([clip], pad_to_multiple_of=None, return_tensors="np")["input_features"]
+        mel = torch.from_numpy(features[0])
+        return changes.mel(mel) if changes else mel, torch.tensor([len(mel)])

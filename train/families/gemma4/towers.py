@@ -39,10 +39,10 @@ class VisionEncoder(Gemma4VisionModel):
 
     def forward(self, values: Tensor, sizes: Tensor) -> Tensor:  # type: ignore[override]
         """Features of each place: (U / k², the tower's width)."""
-        device = values.device
+        device, side = values.device, self.config.pooling_kernel_size
         # The published image processor's scale, a product, so that pixels are the same to the bit.
         pixels = (values * (1 / 255))[None]
-        at = to_device(torch.cat([self._coordinates(*size) for size in sizes.tolist()]), device)[None]
+        at = to_device(torch.cat([coordinates(*size, side) for size in sizes.tolist()]), device)[None]
         none = torch.zeros(at.shape[:2], dtype=torch.bool, device=device)
         segments = Segments.of(sizes.prod(dim=1).tolist(), device)
         hidden = self.patch_embedder(pixels, at, none)
@@ -50,7 +50,7 @@ class VisionEncoder(Gemma4VisionModel):
         for layer in self.encoder.layers:
             hidden = layer(hidden, position_embeddings=turned, position_ids=at, segments=segments)
         dtype = hidden.dtype
-        pooled = hidden[0].unflatten(0, (-1, self.config.pooling_kernel_size**2)).float().mean(dim=1)
+        pooled = hidden[0].unflatten(0, (-1, side**2)).float().mean(dim=1)
         pooled = pooled.to(dtype).float() * self.pooler.root_hidden_size
         if self.config.standardize:
             pooled = (pooled - self.std_bias.float()) * self.std_scale.float()
@@ -60,14 +60,6 @@ class VisionEncoder(Gemma4VisionModel):
         """A black image of one place."""
         side, pixels = self.config.pooling_kernel_size, 3 * self.config.patch_size**2
         return torch.zeros(side**2, pixels, dtype=torch.uint8, device=device), torch.tensor([[side, side]])
-
-    def _coordinates(self, rows: int, columns: int) -> Tensor:
-        """Column and row of each patch of an image, block by block: int64 (patches, 2)."""
-        side = self.config.pooling_kernel_size
-        shape = (rows // side, columns // side, side, side)
-        y = torch.arange(rows).view(shape[0], 1, side, 1).expand(shape)
-        x = torch.arange(columns).view(1, shape[1], 1, side).expand(shape)
-        return torch.stack([x, y], dim=-1).view(-1, 2)
 
 
 class ClipConv1d(nn.Conv1d):
@@ -187,6 +179,14 @@ class GemmaTower(Tower):
     def encoder_parameters(self) -> Iterable[nn.Parameter]:
         """The encoder's."""
         return self.encoder.parameters()
+
+
+def coordinates(rows: int, columns: int, side: int) -> Tensor:
+    """Column and row of each patch of an image, block by block of side×side: int64 (patches, 2)."""
+    shape = (rows // side, columns // side, side, side)
+    y = torch.arange(rows).view(shape[0], 1, side, 1).expand(shape)
+    x = torch.arange(columns).view(1, shape[1], 1, side).expand(shape)
+    return torch.stack([x, y], dim=-1).view(-1, 2)
 
 
 def _spread(counts: list[int], lengths: list[int]) -> Tensor:

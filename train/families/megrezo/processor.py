@@ -1,6 +1,9 @@
 """The processor of Megrez-3B-Omni: pictures, recordings and text."""
 
 import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,18 +15,22 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from train.data.audio import SAMPLE_RATE, clip_length, load_fitted, log_mel, name_of
+from train.data.audio import SAMPLE_RATE, log_mel, name_of
 from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
 from train.data.images import load_picture, picture_size, to_rgb
+from train.data.windows import window_cuts
 from train.errors import BadRecord, CheckpointError
 from train.families.megrezo.geometry import HOP, PictureLayout, audio_places, mel_frames, pool_factor
 from train.families.megrezo.slices import SliceSettings, slices_of
 from train.families.megrezo.template import CHAT_TEMPLATE_JINJA, MEGREZ_TEMPLATE
 from train.model_settings import count_faults, fixed_faults, kind_faults, refuse
-from train.schema import Slice
+from train.schema import Changes, Part, Slice, Turn, Window, file_of
 
-LongAudio = Literal["quarantine", "cut"]
+LongAudio = Literal["quarantine", "cut", "split"]
+
+_MAX_SPLIT_S = 3600
+"""Longest recording that is split: by far more than the model's positions take."""
 
 PLACE = "<|unk|>"
 IMAGE_ENDS = ("<|image_start|>", "<|image_end|>")
@@ -109,7 +116,8 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
 
     Args:
         system_prompt: put first where a conversation has no system turn; None takes the template's, "" none.
-        long_audio: what happens to a clip longer than the audio encoder takes (30 s): "quarantine" or "cut".
+        long_audio: what happens to a clip longer than the audio encoder takes (30 s): "quarantine", "cut" (the rest is
+            dropped), or "split" into windows, each of which is heard like a clip of its own.
         audio_pool: encoder frames that become one token place (see `geometry.pool_factor`).
         audio_bos_eos: whether begin and end embeddings take two more places.
 
@@ -203,8 +211,24 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         return tokens
 
     def clip_tokens(self, samples: int) -> list[int]:
-        """What stands for a clip of so many samples at 16 kHz."""
+        """What stands for a clip, or a window, of so many samples at 16 kHz."""
         return self._places_between(AUDIO_ENDS, self._clip_places(samples))
+
+    def joined_windows(self, windows: Sequence[list[int]], number: int) -> list[int]:
+        """What stands for the windows of a recording, as clips from `number` on; windows: tokens of each."""
+        ids = list(windows[0])
+        for index, window in enumerate(windows[1:], number + 1):
+            between = self.template.media_suffix + self.template.audio_prefix.format(number=index)
+            ids += self._encoder.text(between) + window
+        return ids
+
+    def window_cuts(self, samples: int, clip: np.ndarray | None = None) -> list[int]:
+        """Where a recording's windows begin and end, as `data.windows` has them: one window where it is not split."""
+        most = self.feature_extractor.n_samples
+        if self.long_audio != "split" or samples <= most:
+            return [0, samples]
+        frame = 2 * HOP * self.audio_pool
+        return window_cuts(samples, most - most % frame, frame, clip)
 
     def usable_samples(self, samples: int, name: str) -> int:
         """How many of a clip's samples at 16 kHz are used; BadRecord if it is too long or too short."""
@@ -213,21 +237,47 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
             if self.long_audio == "quarantine":
                 raise BadRecord(
                     f"{name} of {samples / SAMPLE_RATE:.1f} s is longer than "
-                    f"{most / SAMPLE_RATE:g} s; split it, or set data.long_audio=cut"
+                    f"{most / SAMPLE_RATE:g} s; set data.long_audio=split, or cut"
                 )
-            samples = most
+            if self.long_audio == "split" and samples > _MAX_SPLIT_S * SAMPLE_RATE:
+                raise BadRecord(f"{name} of {samples / SAMPLE_RATE:.0f} s is longer than {_MAX_SPLIT_S} s; split it")
+            samples = most if self.long_audio == "cut" else samples
         if not self._clip_places(samples):
             raise BadRecord(f"{name} of {samples} samples is too short to be heard; remove it")
         return samples
 
+    def _split(self, turns: tuple[Turn, ...], speed: float, decode: bool, changes: Changes | None) -> tuple[Turn, ...]:
+        if self.long_audio != "split":
+            return turns
+
+        def in_windows(turn: Turn) -> Turn:
+            pieces = [piece for part in turn.parts for piece in self._in_windows(part, speed, decode, changes)]
+            return replace(turn, parts=tuple(pieces))
+
+        return tuple(map(in_windows, turns))
+
+    def _in_windows(self, part: Part, speed: float, decode: bool, changes: Changes | None) -> Iterable[Part]:
+        """A part of a turn, or the windows of a recording that is split."""
+        if part.kind != "audio":
+            return (part,)
+        source, total = part.content, self._heard_length(part.content, speed)
+        if isinstance(source, Window) or total <= self.feature_extractor.n_samples:
+            return (part,)
+        self.usable_samples(total, f"audio {name_of(source)}")
+        clip = self._heard(source, total, changes) if decode else None
+        return [
+            Part("audio", Window(source, begin, end, total, None if clip is None else clip[begin:end]))
+            for begin, end in pairwise(self.window_cuts(total, clip))
+        ]
+
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         source, begin = segment.content, len(tokens.ids)
         if segment.kind == "image":
-            layout = self.image_processor.slice_settings.layout(*picture_size(source))
+            layout = self.image_processor.slice_settings.layout(*picture_size(file_of(source)))
             places = self._extend(tokens, self.picture_tokens(layout, len(tokens.of("image"))))
             tokens.media.append(Medium("image", source, layout, begin, len(tokens.ids), places))
         else:
-            samples = self.usable_samples(clip_length(source), f"audio {name_of(source)}")
+            samples = self.usable_samples(self._heard_length(source, tokens.speed), f"audio {name_of(source)}")
             places = self._extend(tokens, self.clip_tokens(samples))
             tokens.media.append(Medium("audio", source, samples, begin, len(tokens.ids), places))
 
@@ -266,14 +316,15 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
     def _seconds(self, medium: Medium) -> float | None:
         return medium.size / SAMPLE_RATE if medium.kind == "audio" else None
 
-    def _decoded(self, medium: Medium) -> tuple[Tensor, Tensor]:
+    def _decoded(self, medium: Medium, changes: Changes | None) -> tuple[Tensor, Tensor]:
         """Of a picture uint8 (P, 3·patch²) and (S, 2); of a clip float32 (F, B) and (1,)."""
         if medium.kind == "image":
-            return slices_of(load_picture(medium.source), self.image_processor.slice_settings)
+            picture = load_picture(file_of(medium.source))
+            return slices_of(changes.picture(picture) if changes else picture, self.image_processor.slice_settings)
         samples, extractor = medium.size, self.feature_extractor
-        decoded = load_fitted(medium.source, samples, is_cut=samples == extractor.n_samples)
+        decoded = self._heard(medium.source, samples, changes, is_cut=samples == extractor.n_samples)
         mel = log_mel(decoded, extractor, mel_frames(samples))
-        return mel, torch.tensor([len(mel)])
+        return changes.mel(mel) if changes else mel, torch.tensor([len(mel)])
 
 
 def _check_settings_match(folder: str | Path, pictures: dict[str, Any], model: dict[str, Any]) -> None:

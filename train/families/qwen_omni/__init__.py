@@ -18,6 +18,7 @@ QWEN_OMNI = Family(
         ("thinker.*", "llm"),
     ),
     flops_function="train.families.qwen_omni.flops:qwen_omni_flops",
+    stock_logits_function="train.families.qwen_omni.stock:thinker_logits",
     media={"vision_encoder": "image", "vision_proj": "image", "audio_encoder": "audio", "audio_proj": "audio"},
     lora_targets={
         "llm": LLAMA_LAYERS,
@@ -31,5 +32,9 @@ QWEN_OMNI = Family(
         *(f"thinker_config.{part}_config" for part in ("text", "vision", "audio")),
     ),
     # Which the published files state, and nothing of the thinker reads.
-    own_keys=frozenset({"vision_start_token_id", "vision_end_token_id", "vision_token_id", "enable_talker"}),
+    own_keys=frozenset(
+        {"talker_config", "token2wav_config", "enable_talker", "vision_start_token_id", "vision_end_token_id"}
+        | {"vision_token_id", "ignore_index", "init_std", "num_hidden_layers", "embed_dim", "in_chans"}
+        | {"spatial_patch_size", "tokens_per_second", "encoder_layerdrop"}
+    ),
 )

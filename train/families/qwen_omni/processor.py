@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from train.data.audio import SAMPLE_RATE, clip_length, load_fitted, log_mel, name_of
+from train.data.audio import SAMPLE_RATE, log_mel, name_of
 from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
 from train.data.images import load_picture, picture_size
@@ -20,6 +20,7 @@ from train.families.family import read_json
 from train.families.qwen_omni.geometry import HOP, clip_places, mel_frames, picture_pixels, positions
 from train.families.qwen_omni.template import QWEN_OMNI_TEMPLATE
 from train.model_settings import count_faults, fixed_faults, refuse
+from train.schema import Changes, file_of
 
 IMAGE = ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>")
 AUDIO = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
@@ -128,11 +129,11 @@ class QwenOmniProcessor(RecordProcessor):
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         source = segment.content
         if segment.kind == "image":
-            size = self.pictures.grid(*picture_size(source))
+            size = self.pictures.grid(*picture_size(file_of(source)))
             names, places = IMAGE, size[0] * size[1] // self.pictures.merge_size**2
             medium = Medium("image", source, size, 0, 0, np.arange(places))
         else:
-            samples = clip_length(source)
+            samples = self._heard_length(source, tokens.speed)
             names, places = AUDIO, clip_places(mel_frames(samples))
             if not places:
                 raise BadRecord(f"audio {name_of(source)} of {samples} samples is too short to be heard; remove it")
@@ -148,12 +149,14 @@ class QwenOmniProcessor(RecordProcessor):
         """Patches of a picture, mel frames of a clip."""
         return medium.size[0] * medium.size[1] if medium.kind == "image" else mel_frames(medium.size)
 
-    def _decoded(self, medium: Medium) -> tuple[Tensor, Tensor]:
+    def _decoded(self, medium: Medium, changes: Changes | None) -> tuple[Tensor, Tensor]:
         """Of a picture uint8 (U, 3·patch²) and (1, 2); of a clip float32 (U, B) and (1,)."""
         if medium.kind == "image":
-            return self.pictures.patches(load_picture(medium.source))
+            picture = load_picture(file_of(medium.source))
+            return self.pictures.patches(changes.picture(picture) if changes else picture)
         frames = mel_frames(medium.size)
-        return log_mel(load_fitted(medium.source, medium.size), self.feature_extractor, frames), torch.tensor([frames])
+        mel = log_mel(self._heard(medium.source, medium.size, changes), self.feature_extractor, frames)
+        return changes.mel(mel) if changes else mel, torch.tensor([frames])
 
     def _positions(self, tokens: Tokens) -> Tensor:
         """int64 (3, T): time, row and column."""

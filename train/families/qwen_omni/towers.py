@@ -5,7 +5,7 @@ call of our attention, whose segments say where each begins. Letters for shapes 
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,8 @@ class VisionTower(Tower, Qwen2_5OmniVisionEncoder):  # type: ignore[misc]  # `fo
         at = get_vision_position_ids(grids, merge)[order].to(device, non_blocking=True)
         windows = Segments.of_cu_seqlens(window_ends, device)
         pictures = Segments.of(sizes.prod(dim=1).tolist(), device)
-        hidden = self.patch_embed(self._normalised(values))[order.to(device, non_blocking=True)]
+        pixels = normalised(values, cast(int, self.config.temporal_patch_size))
+        hidden = self.patch_embed(pixels)[order.to(device, non_blocking=True)]
         turned = self.rotary_pos_emb(hidden, at)
         for number, block in enumerate(self.blocks):
             segments = pictures if number in self.fullatt_block_indexes else windows
@@ -85,11 +86,12 @@ class VisionTower(Tower, Qwen2_5OmniVisionEncoder):  # type: ignore[misc]  # `fo
         values = torch.zeros(merge**2, 3 * self.patch_size**2, dtype=torch.uint8, device=device)
         return values, torch.tensor([[merge, merge]])
 
-    def _normalised(self, values: Tensor) -> Tensor:
-        """Pixels as the tower takes them, the frame twice: (U, 3·2·patch²)."""
-        mean, std = (torch.tensor(of, device=values.device)[:, None] for of in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-        pixels = (values.unflatten(1, (3, -1)) / 255 - mean) / std
-        return pixels[:, :, None].expand(-1, -1, self.config.temporal_patch_size, -1).flatten(1)
+
+def normalised(values: Tensor, frames: int = 2) -> Tensor:
+    """Pixels as the tower takes them, the frame twice: (U, 3·2·patch²)."""
+    mean, std = (torch.tensor(of, device=values.device)[:, None] for of in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    pixels = (values.unflatten(1, (3, -1)) / 255 - mean) / std
+    return pixels[:, :, None].expand(-1, -1, frames, -1).flatten(1)
 
 
 class AudioTower(Tower, Qwen2_5OmniAudioEncoder):  # type: ignore[misc]  # `forward` is the tower's

@@ -7,6 +7,7 @@ Modules have the names of the checkpoint, so that weights are loaded as they are
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import SupportsMultiModal
@@ -51,7 +52,8 @@ class ServedMegrezO(nn.Module, SupportsMultiModal):
             places = media["slices_per_picture"] * self.vision.resampler.num_queries
         else:
             embeddings = self.audio(media["mel"], media["clip_frames"])
-            places = self.audio.audio.places(media["clip_frames"])
+            of_windows = self.audio.audio.places(media["clip_frames"])
+            places = torch.stack([clip.sum() for clip in of_windows.split(media["windows_per_clip"].tolist())])
         return embeddings.split(places.tolist())
 
     def forward(

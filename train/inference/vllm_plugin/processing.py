@@ -7,7 +7,7 @@ those that training saw, and the media become patches and log-mel frames.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 
 from train.data.audio import SAMPLE_RATE, clip_samples, fit_clip, log_mel, resampled
 from train.data.images import load_picture, to_rgb
-from train.families.megrezo.geometry import mel_frames
+from train.families.megrezo.geometry import HOP, mel_frames
 from train.families.megrezo.processor import AUDIO_ENDS, IMAGE_ENDS, PLACE, MegrezOProcessor
 from train.inference.vllm_plugin import media_io  # noqa: F401  its connector takes effect by being imported
 from train.inference.vllm_plugin.options import refuse_options
@@ -62,6 +62,11 @@ class MediaParser(MultiModalDataParser):
         samples = self._processor.usable_samples(clip_samples(len(mono) / rate), "audio")
         # A resampler's rounding is all that the clip can differ by.
         return fit_clip(resampled(mono, rate)[:samples], samples, tolerance=0.01), None
+
+
+def _windows(processor: MegrezOProcessor, clip: np.ndarray) -> list[np.ndarray]:
+    """The windows of a clip at 16 kHz, itself alone where it is not split."""
+    return [clip[begin:end] for begin, end in pairwise(processor.window_cuts(len(clip), clip))]
 
 
 def _picture(item: Any) -> Any:
@@ -110,18 +115,28 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
                 overrides=mm_options.get("image"),
             ),
             "audio": self._get_dummy_audios(
-                length=processor.feature_extractor.n_samples,
+                length=_longest_clip(processor, seq_len),
                 num_audios=mm_counts.get("audio", 0),
                 overrides=mm_options.get("audio"),
             ),
         }
 
 
+def _longest_clip(processor: MegrezOProcessor, tokens: int) -> int:
+    """Samples of the longest recording that so many tokens take."""
+    most = processor.feature_extractor.n_samples
+    if processor.long_audio != "split":
+        return most
+    # Windows have up to twenty tokens beside their places, of which they have 600 and more.
+    return max(most, tokens * 19 // 20 * 2 * HOP * processor.audio_pool)
+
+
 class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
     """From media to the model's inputs, and from placeholders to tokens.
 
-    One picture is one item with all its slices. Its fields are those of `schema.Batch`, items end to end:
-    `patches` uint8 (P, 3·patch²), `slice_sizes` int64 (S, 2), `slices_per_picture`; `mel` float (F, B), `clip_frames`.
+    One picture is one item with all its slices, one recording with all its windows. Their fields are those of
+    `schema.Batch`, items end to end: `patches` uint8 (P, 3·patch²), `slice_sizes` int64 (S, 2), `slices_per_picture`;
+    `mel` float (F, B), `clip_frames` of each window, `windows_per_clip`.
     """
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
@@ -130,9 +145,15 @@ class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         if "images" in hf_data:
             fields.update(processor.image_processor.preprocess(hf_data["images"]))
         if "audio" in hf_data:
-            mels = [log_mel(clip, processor.feature_extractor, mel_frames(len(clip))) for clip in hf_data["audio"]]
+            windows = [_windows(processor, clip) for clip in hf_data["audio"]]
+            mels = [
+                log_mel(window, processor.feature_extractor, mel_frames(len(window)))
+                for clip in windows
+                for window in clip
+            ]
             fields["mel"] = torch.cat(mels)
             fields["clip_frames"] = torch.tensor([len(mel) for mel in mels])
+            fields["windows_per_clip"] = torch.tensor([len(clip) for clip in windows])
         return fields
 
     def _get_mm_fields_config(
@@ -148,8 +169,11 @@ class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             config["slice_sizes"] = field.flat_from_sizes("image", slices, keep_on_cpu=True)
             config["slices_per_picture"] = field.batched("image", keep_on_cpu=True)
         if "mel" in hf_inputs:
-            config["mel"] = field.flat_from_sizes("audio", hf_inputs["clip_frames"])
-            config["clip_frames"] = field.batched("audio", keep_on_cpu=True)
+            windows = hf_inputs["windows_per_clip"]
+            frames = torch.stack([clip.sum() for clip in hf_inputs["clip_frames"].split(windows.tolist())])
+            config["mel"] = field.flat_from_sizes("audio", frames)
+            config["clip_frames"] = field.flat_from_sizes("audio", windows, keep_on_cpu=True)
+            config["windows_per_clip"] = field.batched("audio", keep_on_cpu=True)
         return config
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
@@ -187,8 +211,9 @@ class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             return self._details(processor.picture_tokens(layout, index))
 
         def clip(index: int) -> PromptUpdateDetails:
-            samples = mm_items.get_items("audio", AudioProcessorItems).get_audio_length(index)
-            return self._details(processor.clip_tokens(samples))
+            windows = _windows(processor, mm_items.get_items("audio", AudioProcessorItems).get(index))
+            tokens = [processor.clip_tokens(len(window)) for window in windows]
+            return self._details(processor.joined_windows(tokens, index + 1))
 
         return [
             PromptReplacement(kind, processor.tokenizer.convert_tokens_to_ids(list(_ENDS[kind])), replacement)
@@ -205,6 +230,46 @@ class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         processor = self.info.get_hf_processor()
         unnumbered = update.content.full[len(processor.picture_id_tokens(cached_update.item_idx)) :]
         return update.with_content(self._details(processor.picture_id_tokens(new_item_idx) + unnumbered))
+
+    def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
+        """The prompt with its media; clips after one that is split are numbered on from its windows."""
+        updates = [update for [update] in mm_prompt_updates.get("audio", [])]
+        windows = [self._windows_in(update.content.full) for update in updates]
+        if any(len(clip) > 1 for clip in windows):
+            processor = self.info.get_hf_processor()
+            numbers = list(accumulate(map(len, windows), initial=1))
+            joined = [processor.joined_windows(clip, number) for clip, number in zip(windows, numbers, strict=False)]
+            renumbered = [
+                [update.with_content(self._details(ids))] for update, ids in zip(updates, joined, strict=True)
+            ]
+            mm_prompt_updates = {**mm_prompt_updates, "audio": renumbered}
+            token_ids = self._renumbered(token_ids, numbers)
+        return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
+
+    def _windows_in(self, ids: Sequence[int]) -> list[list[int]]:
+        """The tokens of each window of a clip's, without what stands between them."""
+        opening, closing = self.info.get_tokenizer().convert_tokens_to_ids(list(AUDIO_ENDS))
+        begins = [place for place, token in enumerate(ids) if token == opening]
+        ends = [place + 1 for place, token in enumerate(ids) if token == closing]
+        return [list(ids[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+
+    def _renumbered(self, prompt: Sequence[int], numbers: Sequence[int]) -> list[int]:
+        """The prompt, in which the two end tokens stand for each clip, with other numbers before the clips."""
+        processor, tokenizer = self.info.get_hf_processor(), self.info.get_tokenizer()
+        added = set(tokenizer.get_added_vocab().values())
+        opening = tokenizer.convert_tokens_to_ids(AUDIO_ENDS[0])
+        prefix = processor.template.audio_prefix
+        runs = [(is_special, list(run)) for is_special, run in groupby(prompt, key=added.__contains__)]
+        renumbered: list[int] = []
+        clip = 0
+        for (is_special, ids), (_, following) in zip(runs, [*runs[1:], (True, [0])], strict=True):
+            if is_special:
+                clip += ids.count(opening)
+            elif following[0] == opening and (text := tokenizer.decode(ids)).endswith(prefix.format(number=clip + 1)):
+                old, new = (prefix.format(number=number) for number in (clip + 1, numbers[clip]))
+                ids = processor.text_tokens(text.removesuffix(old) + new)
+            renumbered += ids
+        return renumbered
 
     def _details(self, ids: list[int]) -> PromptUpdateDetails:
         return PromptUpdateDetails.select_token_id(ids, self.info.get_tokenizer().convert_tokens_to_ids(PLACE))

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.unit.families.gemma4.builders import MIXED, TINY, packed, write_model
-from tests.unit.families.gemma4.test_model import stock_inputs
 from train.export.model_folder import export, write_random_model
 from train.export.shards import StoredTensors
 from train.families.gemma4 import GEMMA4
+from train.families.gemma4.stock import stock_inputs
 from train.families.registry import find
 from train.modules.adapters import LoraSettings, add_adapters
 from train.modules.trainable import canonical_name, is_adapter, module_of
@@ -82,7 +82,7 @@ def test_transformers_loads_an_export_whole_and_computes_the_same(
     with torch.no_grad():
         logits = ours.logits(packed(samples)).split([len(sample.input_ids) for sample in samples])
         for sample, mine in zip(samples, logits, strict=True):
-            theirs = stock(**stock_inputs(sample, ours)).logits[0]
+            theirs = stock(**stock_inputs(sample)).logits[0]
             torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=0)
     if lora:
         assert (folder / "adapter" / "adapter_model.safetensors").is_file()

@@ -12,9 +12,9 @@ from tests.unit.families.gemma4.builders import MIXED, TINY, packed, samples, wr
 from train.families.gemma4 import GEMMA4
 from train.families.gemma4.model import Gemma4ForConditionalGeneration
 from train.families.gemma4.processor import Gemma4Processor
+from train.families.gemma4.stock import stock_inputs
 from train.modules.layers import checkpoint_layers
 from train.modules.trainable import choose_trainable, module_of
-from train.schema import Sample
 
 LEARNING = GEMMA4.modules - {"per_layer_table"}
 
@@ -40,24 +40,6 @@ def processor(folder: Path) -> Gemma4Processor:
     return GEMMA4.load_processor(folder)
 
 
-def stock_inputs(sample: Sample, model: Gemma4ForConditionalGeneration) -> dict[str, Tensor]:
-    """What transformers' model takes: images and clips padded to the largest."""
-    inputs = {"input_ids": sample.input_ids[None]}
-    if image := sample.media.get("image"):
-        counts, encoder = image.sizes.prod(dim=1).tolist(), model.model.vision_tower
-        at = [encoder._coordinates(*size) for size in image.sizes.tolist()]
-        longest = max(counts)
-        pixels = (image.values * (1 / 255)).split(counts)
-        inputs["pixel_values"] = torch.stack([F.pad(x, (0, 0, 0, longest - len(x))) for x in pixels])
-        inputs["image_position_ids"] = torch.stack([F.pad(x, (0, 0, 0, longest - len(x)), value=-1) for x in at])
-    if audio := sample.media.get("audio"):
-        longest = int(audio.sizes.max())
-        clips = audio.values.split(audio.sizes.tolist())
-        inputs["input_features"] = torch.stack([F.pad(clip, (0, 0, 0, longest - len(clip))) for clip in clips])
-        inputs["input_features_mask"] = torch.arange(longest) < audio.sizes[:, None]
-    return inputs
-
-
 def test_logits_are_those_of_transformers_one_by_one_and_packed(model, stock, processor) -> None:
     found = samples(processor)
     window = model.llm.config.sliding_window
@@ -65,7 +47,7 @@ def test_logits_are_those_of_transformers_one_by_one_and_packed(model, stock, pr
     with torch.no_grad():
         together = model.logits(packed(found)).split([len(sample.input_ids) for sample in found])
         for sample, in_pack in zip(found, together, strict=True):
-            expected = stock(**stock_inputs(sample, model)).logits[0]
+            expected = stock(**stock_inputs(sample)).logits[0]
             assert 10 < expected.abs().max() < 30  # where the cap of 30 has bent them
             torch.testing.assert_close(model.logits(packed([sample])), expected, atol=1e-4, rtol=0)
             torch.testing.assert_close(in_pack, expected, atol=1e-4, rtol=0)
@@ -83,7 +65,7 @@ def test_gradients_are_those_of_transformers_and_the_same_when_checkpointed(mode
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, ours[name], rtol=1e-5, atol=1e-5 * ours[name].abs().max().item())
     for sample in found:
-        logits = stock(**stock_inputs(sample, model)).logits[0, :-1]
+        logits = stock(**stock_inputs(sample)).logits[0, :-1]
         F.cross_entropy(logits, sample.labels[1:], reduction="sum").backward()
     by_module: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, parameter in stock.named_parameters():
@@ -105,7 +87,7 @@ def test_greedy_answers_are_those_of_transformers(model, stock, processor) -> No
     )
     ends = model.generation_config.eos_token_id
     for prompt, answer, other in zip(prompts, answers, static, strict=True):
-        whole = stock.generate(**stock_inputs(prompt, model), eos_token_id=ends, **options)[0, len(prompt.input_ids) :]
+        whole = stock.generate(**stock_inputs(prompt), eos_token_id=ends, **options)[0, len(prompt.input_ids) :]
         expected = [token for token in whole.tolist() if token not in ends]
         assert answer.tolist() == other.tolist() == expected
         assert expected

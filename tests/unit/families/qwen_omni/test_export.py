@@ -9,10 +9,11 @@ import transformers
 from torch import Tensor
 
 from tests.unit.families.qwen_omni.builders import MIXED, write_published
-from tests.unit.families.qwen_omni.test_model import packed, stock_inputs
+from tests.unit.families.qwen_omni.test_model import packed
 from train.export.model_folder import export
 from train.export.shards import StoredTensors, shards_of
 from train.families.qwen_omni import QWEN_OMNI
+from train.families.qwen_omni.stock import stock_inputs
 from train.families.registry import find
 from train.modules.adapters import LoraSettings, add_adapters
 from train.modules.trainable import canonical_name, is_adapter, module_of
@@ -78,7 +79,7 @@ def test_transformers_loads_an_export_whole_and_computes_the_same(
     with torch.no_grad():
         logits = ours.logits(packed(samples)).split([len(sample.input_ids) for sample in samples])
         for sample, mine in zip(samples, logits, strict=True):
-            theirs = stock.thinker.eval()(**stock_inputs(sample, ours)).logits[0]
+            theirs = stock.thinker.eval()(**stock_inputs(sample)).logits[0]
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
     if lora:
         assert (folder / "adapter" / "adapter_model.safetensors").is_file()

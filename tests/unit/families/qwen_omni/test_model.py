@@ -13,6 +13,7 @@ from train.data.collate import collate
 from train.families.qwen_omni import QWEN_OMNI
 from train.families.qwen_omni.model import Qwen2_5OmniForConditionalGeneration
 from train.families.qwen_omni.processor import QwenOmniProcessor
+from train.families.qwen_omni.stock import stock_inputs
 from train.modules.trainable import FROZEN, module_of
 from train.schema import Batch, Sample
 
@@ -45,26 +46,12 @@ def packed(found: list[Sample]) -> Batch:
     return collate(found, [0] * len(found), range(len(found)))
 
 
-def stock_inputs(sample: Sample, model: Qwen2_5OmniForConditionalGeneration) -> dict[str, Tensor]:
-    """What transformers' model takes: pixels normed, clips padded, and its own positions."""
-    inputs = {"input_ids": sample.input_ids[None], "attention_mask": torch.ones_like(sample.input_ids)[None]}
-    if image := sample.media.get("image"):
-        inputs["pixel_values"] = model.thinker.visual._normalised(image.values)
-        inputs["image_grid_thw"] = F.pad(image.sizes, (1, 0), value=1)
-    if audio := sample.media.get("audio"):
-        longest = int(audio.sizes.max())
-        clips = audio.values.split(audio.sizes.tolist())
-        inputs["input_features"] = torch.stack([F.pad(clip.T, (0, longest - len(clip))) for clip in clips])
-        inputs["feature_attention_mask"] = (torch.arange(longest) < audio.sizes[:, None]).long()
-    return inputs
-
-
 def test_logits_are_those_of_transformers_one_by_one_and_packed(model, stock, processor) -> None:
     found = samples(processor)
     with torch.no_grad():
         together = model.logits(packed(found)).split([len(sample.input_ids) for sample in found])
         for sample, in_pack in zip(found, together, strict=True):
-            expected = stock(**stock_inputs(sample, model)).logits[0]
+            expected = stock(**stock_inputs(sample)).logits[0]
             assert expected.abs().max() > 1
             torch.testing.assert_close(model.logits(packed([sample])), expected, atol=1e-4, rtol=0)
             torch.testing.assert_close(in_pack, expected, atol=1e-4, rtol=0)
@@ -77,7 +64,7 @@ def test_gradients_are_those_of_transformers(checkpointing: bool, model, stock, 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model(packed(found)).loss_sum.backward()
     for sample in found:
-        logits = stock(**stock_inputs(sample, model)).logits[0, :-1]
+        logits = stock(**stock_inputs(sample)).logits[0, :-1]
         F.cross_entropy(logits, sample.labels[1:], reduction="sum").backward()
     by_module: dict[str, list[tuple[Tensor, Tensor]]] = {}
     ours = dict(model.named_parameters())
@@ -104,7 +91,7 @@ def test_greedy_answers_are_those_of_transformers(model, stock, processor) -> No
     answers = model.generate(packed(prompts), **options)
     for prompt, answer in zip(prompts, answers, strict=True):
         ends = model.generation_config.eos_token_id
-        whole = stock.generate(**stock_inputs(prompt, model), eos_token_id=ends, **options)[0, len(prompt.input_ids) :]
+        whole = stock.generate(**stock_inputs(prompt), eos_token_id=ends, **options)[0, len(prompt.input_ids) :]
         expected = [token for token in whole.tolist() if token not in ends]
         assert answer.tolist() == expected
         assert expected

@@ -1,0 +1,1 @@
+"""HTML pages that need nothing beside themselves: no scripts, no network, light and dark, wide and narrow."""
