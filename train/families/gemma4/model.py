@@ -29,7 +29,7 @@ _ENDS = [1, 106]
 class LanguageModel(Gemma4PreTrainedModel, GenerationMixin):
     """The text model with its head, as generation takes it."""
 
-    config: Gemma4TextConfig
+    config: Any
 
     def __init__(self, config: Gemma4TextConfig):
         config._attn_implementation = ATTENTION_NAME
@@ -66,7 +66,7 @@ class LanguageModel(Gemma4PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Those of transformers; per-layer inputs are the prompt's, and go with its embeddings."""
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[arg-type, misc]
         if inputs.get("inputs_embeds") is None:
             inputs.pop("per_layer_inputs", None)
         return inputs

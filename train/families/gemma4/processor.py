@@ -42,8 +42,10 @@ _FIXED = {
 }
 """The only values of these keys in processor_config.json: the model takes raw pixels, and places follow the frames."""
 
-_SOUND = ("min_frequency", "max_frequency", "preemphasis", "preemphasis_htk_flavor", "fft_overdrive")
-_SOUND += ("input_scale_factor", "mel_floor", "per_bin_mean", "per_bin_stddev")
+_SOUND = (
+    *("min_frequency", "max_frequency", "preemphasis", "preemphasis_htk_flavor", "fft_overdrive"),
+    *("input_scale_factor", "mel_floor", "per_bin_mean", "per_bin_stddev"),
+)
 """Keys of the feature extractor that may have any value."""
 
 

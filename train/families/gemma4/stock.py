@@ -27,7 +27,7 @@ def stock_inputs(sample: Sample | Batch, side: int = 3) -> dict[str, Tensor]:
     inputs = {"input_ids": sample.input_ids[None]}
     if image := sample.media.get("image"):
         counts = image.sizes.prod(dim=1).tolist()
-        at = [coordinates(*size, side) for size in image.sizes.tolist()]
+        at = [coordinates(rows, columns, side) for rows, columns in image.sizes.tolist()]
         pixels = (image.values * (1 / 255)).split(counts)
         inputs["pixel_values"] = torch.stack([F.pad(x, (0, 0, 0, max(counts) - len(x))) for x in pixels])
         inputs["image_position_ids"] = torch.stack([F.pad(x, (0, 0, 0, max(counts) - len(x)), value=-1) for x in at])

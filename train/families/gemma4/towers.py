@@ -42,7 +42,7 @@ class VisionEncoder(Gemma4VisionModel):
         device, side = values.device, self.config.pooling_kernel_size
         # The published image processor's scale, a product, so that pixels are the same to the bit.
         pixels = (values * (1 / 255))[None]
-        at = to_device(torch.cat([coordinates(*size, side) for size in sizes.tolist()]), device)[None]
+        at = to_device(torch.cat([coordinates(rows, columns, side) for rows, columns in sizes.tolist()]), device)[None]
         none = torch.zeros(at.shape[:2], dtype=torch.bool, device=device)
         segments = Segments.of(sizes.prod(dim=1).tolist(), device)
         hidden = self.patch_embedder(pixels, at, none)
@@ -81,11 +81,13 @@ class AudioLayer(GradientCheckpointingLayer, Gemma4AudioLayer):
     def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
         width = config.hidden_size
-        self.lconv1d.depthwise_conv1d = ClipConv1d(width, width, config.conv_kernel_size, groups=width, bias=False)
+        convolution: Any = ClipConv1d(width, width, config.conv_kernel_size, groups=width, bias=False)
+        self.lconv1d.depthwise_conv1d = convolution
 
     def forward(self, hidden: Tensor, mask: Tensor, turned: Tensor, spread: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
         """(1, places, D) to the same; mask: see `AudioEncoder._unseen`."""
-        self.lconv1d.depthwise_conv1d.spread = spread
+        convolution: Any = self.lconv1d.depthwise_conv1d
+        convolution.spread = spread
         block = self.self_attn.chunk_size
         rest = -hidden.shape[1] % block  # rows that the layer itself adds, and drops
         by_block = F.pad(mask, (0, 0, 0, rest)).unflatten(1, (-1, block))[None]
