@@ -100,7 +100,7 @@ def put(options: Options, name: str, value: object) -> None:
 
 
 def test_these_are_numbers() -> None:
-    assert len(numbers(Options)) == 37
+    assert len(numbers(Options)) == 42
     assert {"lora.alpha", "run.max_steps", "modules.lr.llm", "data.decode_limit_s"} < set(numbers(Options))
 
 
