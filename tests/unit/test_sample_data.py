@@ -333,7 +333,7 @@ def same_files(made: Path, shipped: Path) -> int:
 def test_the_tiny_folders_are_what_the_maker_makes(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--data", str(DATA), "--out", str(tmp_path)])
     load_script("make_tiny").main()
-    assert same_files(tmp_path, DATA) == 6 + 5 + 5 + 6
+    assert same_files(tmp_path, DATA) == 6 + 5 + 5 + 6 + 6
 
 
 def test_the_samples_of_text_are_what_the_maker_makes(tmp_path, monkeypatch):
