@@ -1,7 +1,9 @@
 """Frozen is frozen: for each of the 31 combinations of the flags, and for LoRA's base."""
 
+from collections.abc import Iterator
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -34,9 +36,16 @@ def test_there_are_31_combinations() -> None:
     assert len(COMBINATIONS) == 31
 
 
-@pytest.mark.parametrize("family", [MEGREZO, QWEN_OMNI], ids=lambda family: family.name)
-@pytest.mark.parametrize("flags", COMBINATIONS, ids=lambda flags: "".join("01"[flag] for flag in flags))
-def test_exactly_the_tuned_modules_change(flags: tuple[bool, ...], family: Family, tmp_path: Path) -> None:
+def cases() -> Iterator[Any]:
+    """All combinations of both families; of the second, CI takes those with one flag on, one off, or none."""
+    for family, flags in product([MEGREZO, QWEN_OMNI], COMBINATIONS):
+        is_left_out = family is QWEN_OMNI and sum(flags) in (2, 3)
+        name = f"{family.name}-{''.join('01'[flag] for flag in flags)}"
+        yield pytest.param(family, flags, id=name, marks=[pytest.mark.exhaustive] if is_left_out else [])
+
+
+@pytest.mark.parametrize(("family", "flags"), cases())
+def test_exactly_the_tuned_modules_change(family: Family, flags: tuple[bool, ...], tmp_path: Path) -> None:
     tuned = {name for name, flag in zip(MODULES, flags, strict=True) if flag}
     model = "model=tiny" if family is MEGREZO else "model=tiny_qwen_omni"
     run = build_here([model, *words(tmp_path), *(f"modules.tune_{name}={name in tuned}" for name in MODULES)])
