@@ -60,7 +60,8 @@ def compare(folder: Path, settings: list[Setting], write_model: Callable[[Path],
         reference = references[setting.alone()]
         assert mine["losses"] == pytest.approx(reference["losses"], abs=1e-4), setting
         assert mine["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3, abs=1e-6), setting
-        assert mine["evaluation"] == pytest.approx(reference["evaluation"], abs=1e-4), setting
+        # After the last update, which carries on the rounding of all steps: 5e-5 of Gemma's loss of 5.8 under ZeRO-3.
+        assert mine["evaluation"] == pytest.approx(reference["evaluation"], rel=1e-4, abs=1e-4), setting
         cases += len(setting.mixes)
     return cases
 
