@@ -1,13 +1,14 @@
 """No hang and one loss, whatever each rank holds, whatever is frozen, however it is tuned, under every engine."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.mixes import ENGINES, FREEZES, KINDS, MIXES, Setting, all_pairs, full_product, pairs_of
 from tests.runs import SAMPLE, launch, write_small_gemma4, write_small_model, write_small_qwen_omni
+from train.config import MODULES
 
 pytestmark = pytest.mark.end_to_end
 
@@ -16,7 +17,7 @@ SETTINGS_A_LAUNCH = 48
 """Runs that are built in one process after another, before new processes take over."""
 
 
-def prepare(folder: Path, write_model: Callable[[Path], Path]) -> None:
+def prepare(folder: Path, write_model: Callable[[Path], Path], more: Sequence[str] = ()) -> None:
     """Two records of each kind, a model smaller than the tiny one, and the words that all runs share."""
     wanted = dict.fromkeys(KINDS[:-1], 2)
     chosen = []
@@ -35,6 +36,7 @@ def prepare(folder: Path, write_model: Callable[[Path], Path]) -> None:
         *("optim.eps=1e-6", "optim.warmup_ratio=0", "optim.schedule=constant", "run.precision=fp32"),
         *("eval.batch_size=1", "eval.max_new_tokens=2", "eval.max_records=4", "eval.before_training=false"),
         *("tracker=none", "run.threads=1"),
+        *more,
     ]
     (folder / "words.txt").write_text("\n".join(words))
 
@@ -50,9 +52,14 @@ def outcomes(folder: Path, settings: list[Setting], processes: int) -> list[dict
     return [json.loads(line) for line in (folder / f"losses-{processes}.jsonl").read_text().splitlines()]
 
 
-def compare(folder: Path, settings: list[Setting], write_model: Callable[[Path], Path] = write_small_model) -> int:
+def compare(
+    folder: Path,
+    settings: list[Setting],
+    write_model: Callable[[Path], Path] = write_small_model,
+    more: Sequence[str] = (),
+) -> int:
     """Insist that two ranks give the losses of one, setting by setting; returns how many cases were compared."""
-    prepare(folder, write_model)
+    prepare(folder, write_model, more)
     alone = list(dict.fromkeys(setting.alone() for setting in settings))
     references = dict(zip(alone, outcomes(folder, alone, 1), strict=True))
     cases = 0
@@ -60,8 +67,7 @@ def compare(folder: Path, settings: list[Setting], write_model: Callable[[Path],
         reference = references[setting.alone()]
         assert mine["losses"] == pytest.approx(reference["losses"], abs=1e-4), setting
         assert mine["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3, abs=1e-6), setting
-        # After the last update, which carries on the rounding of all steps: 5e-5 of Gemma's loss of 5.8 under ZeRO-3.
-        assert mine["evaluation"] == pytest.approx(reference["evaluation"], rel=1e-4, abs=1e-4), setting
+        assert mine["evaluation"] == pytest.approx(reference["evaluation"], abs=1e-4), setting
         cases += len(setting.mixes)
     return cases
 
@@ -89,7 +95,9 @@ def test_two_ranks_of_another_family_equal_one(tmp_path: Path) -> None:
 def test_two_ranks_of_gemma_equal_one(tmp_path: Path) -> None:
     settings = list({setting.engine: setting for setting in all_pairs(SEED)}.values())
     assert {setting.engine for setting in settings} == set(ENGINES)
-    assert compare(tmp_path, settings, write_small_gemma4) == sum(len(setting.mixes) for setting in settings)
+    # At 1e-3, a rounding of 1e-6 in the first gradient is one of 1e-3 in the fourth: updates of these weights are wild.
+    rates = [f"modules.lr.{name}=1e-4" for name in MODULES]
+    assert compare(tmp_path, settings, write_small_gemma4, rates) == sum(len(setting.mixes) for setting in settings)
 
 
 @pytest.mark.exhaustive
