@@ -61,7 +61,7 @@ def test_exactly_the_tuned_modules_change(family: Family, flags: tuple[bool, ...
 @pytest.mark.parametrize(
     "tuned", [{"llm", "audio_proj"}, {"vision_encoder", "audio_encoder"}, {"per_layer_table"}], ids=str
 )
-def test_gemmas_table_rests_unless_it_is_tuned(tuned: set[str], tmp_path: Path) -> None:
+def test_gemmas_table_is_frozen_unless_it_is_tuned(tuned: set[str], tmp_path: Path) -> None:
     flags = [f"modules.tune_{name}={name in tuned}" for name in MODULES]
     more = ["modules.tune_per_layer_table=true"] if "per_layer_table" in tuned else []
     run = build_here(["model=tiny_gemma4", *words(tmp_path), *flags, *more, "modules.lr.per_layer_table=1e-3"])
