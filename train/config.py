@@ -1,5 +1,5 @@
 """Every option, with its unit and default. Hydra checks names and types against these classes;
-`checks.py` holds the rules between options.
+`checks/` holds the rules between options.
 """
 
 from dataclasses import dataclass, field

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from train.checks import check
+from train.checks.check import check
 from train.config import MODULES, Engine, LoraOptions, ModelOptions, Options, Precision, SourceOptions
 from train.errors import ConfigError
 
@@ -252,7 +252,7 @@ def test_ligers_kernel_needs_cuda(options: Options, monkeypatch: pytest.MonkeyPa
         "run.liger_loss: Liger's kernel needs CUDA, which torch does not see here; leave the option out"
     ]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("train.checks.version", Mock(side_effect=PackageNotFoundError))
+    monkeypatch.setattr("train.checks.launch.version", Mock(side_effect=PackageNotFoundError))
     assert faults(options) == ["run.liger_loss: liger-kernel is not installed; pip install 'liger-kernel>=0.8.2'"]
 
 

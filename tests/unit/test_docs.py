@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from train.checks import check
+from train.checks.check import check
 from train.commands.main import COMMANDS
 from train.commands.options import compose_options
 from train.config import Options

@@ -22,7 +22,7 @@ OURS = {
     "train.run_folder": {"train.errors"},
     "train.config": {"train.errors"},
     "train.launcher": {"train.launcher"},
-    "train.checks": {"train.schema", "train.errors", "train.config"},
+    "train.checks": {"train.checks", "train.schema", "train.errors", "train.config"},
     "train.data": BASE | {"train.data"},
     "train.modules": BASE | {"train.modules"},
     "train.families": BASE | {"train.families", "train.data", "train.modules"},

@@ -33,7 +33,7 @@ def run(chosen: argparse.Namespace) -> None:
     """Print a table of the types of records; under torchrun its processes share the work."""
     folder, options = model_in(chosen.model), _options(chosen)
 
-    from train.checks import check_evaluation
+    from train.checks.check import check_evaluation
     from train.engine.accelerator import close, make_accelerator
     from train.engine.build_data import length_cache, make_evaluator
     from train.engine.measuring import measure_alike

@@ -14,7 +14,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from train.checks import idle_lora
+from train.checks.tuning import idle_lora
 from train.config import CheckpointingOptions, DataOptions, Options, RunOptions, SourceOptions
 from train.errors import ConfigError, OmniTuneError, message_for_user
 

@@ -64,8 +64,8 @@ def _measure(options: Options, resolved: dict[str, Any]) -> None:
 
 
 def _predict(options: Options, chosen: argparse.Namespace) -> None:
-    from train.checks import check_reading
-    from train.engine.build import check_family
+    from train.checks.check import check_reading
+    from train.engine.build_model import check_family
     from train.preflight.fitting import SIZES, choices, table_text
     from train.preflight.memory import measure_step
     from train.preflight.plan import as_text, gpu_memory, heaviest_batch, work_of

@@ -21,7 +21,7 @@ def run(chosen: argparse.Namespace) -> None:
         raise OmniTuneError(f"--records is {chosen.records}; it must be at least 1")
     options, _ = options_of(chosen.options)
 
-    from train.checks import check_reading
+    from train.checks.check import check_reading
     from train.engine.accelerator import quieten
     from train.pages.page import write_page
     from train.preflight.prepare import prepare

@@ -1,4 +1,4 @@
-"""Options into objects, with build_data the one place that knows both."""
+"""Options into objects, with build_data and build_model the one place that knows both."""
 
 import logging
 import os
@@ -17,13 +17,15 @@ from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from train.announce import announced
-from train.checks import check, gain_figure, model_folder, tuned_modules
-from train.config import OptimizerName, Options, Precision
+from train.checks.check import check
+from train.checks.chosen import gain_figure, model_folder, tuned_modules
+from train.config import OptimizerName, Options
 from train.data.augment import Augmenter
 from train.data.loader import StepLoader, StepPlan
 from train.data.record_set import RecordSet
 from train.engine.accelerator import make_accelerator, world_size, zero_stage
 from train.engine.build_data import flops_of, make_evaluator, make_plan, read_data, read_speeds
+from train.engine.build_model import check_family, compute_dtype_of, load_model
 from train.engine.checkpoint import Checkpoints
 from train.engine.consistency import check_folder
 from train.engine.engines import DeepSpeedEngine, Engine, OwnEngine
@@ -44,15 +46,12 @@ from train.engine.tracking.tracker import TrackedRun
 from train.engine.trainer import Intervals, Trainer
 from train.errors import ConfigError, OmniTuneError
 from train.export.base_folder import check_files
-from train.export.from_checkpoint import export_checkpoint, is_export_of, lora_settings
-from train.export.model_folder import check_base, write_random_model
+from train.export.from_checkpoint import export_checkpoint, is_export_of
+from train.export.model_folder import write_random_model
 from train.families.family import Family
 from train.families.registry import find
-from train.modules.adapters import add_adapters, quantize_linear_layers
-from train.modules.layers import checkpoint_layers, compile_layers
 from train.modules.objectives import NextToken
-from train.modules.packed import PackedModel
-from train.modules.trainable import Group, canonical_name, choose_trainable, module_of, parameter_groups
+from train.modules.trainable import Group, parameter_groups
 from train.report.verdict import State
 from train.run_folder import RunFolder
 from train.schema import Batch
@@ -143,7 +142,7 @@ def build(
     ranks, is_main = accelerator.num_processes, accelerator.is_main_process
     expected_gib = expect(Planned(family, base, plan, train_set, accelerator.device, ranks, is_main))
     with announced(f"loading the weights of '{base}'"):
-        model = _load_model(options, family, base, accelerator.device)
+        model = load_model(options, family, base, accelerator.device)
     total_steps = (options.debug.one_batch and options.run.max_steps) or plan.total_steps()
     groups = parameter_groups(
         model,
@@ -221,32 +220,6 @@ def _flops_of(plan: StepPlan, head: float, batch: Batch) -> float:
     return plan.cost(batch.records) + (head * len(batch.targets) if batch.records else 0.0)
 
 
-def check_family(options: Options, family: Family) -> None:
-    """Raise ConfigError where the options name what models of the family do not have."""
-    known = f"a {family.name} model has only {', '.join(sorted(family.modules))}"
-    faults = [
-        f"modules.tune_{name}: there is no such module, {known}; set it to false, as the model group of the family does"
-        for name in tuned_modules(options)
-        if name not in family.modules
-    ]
-    faults += [
-        f"lora.modules: there is no module '{name}', {known}; leave it out"
-        for name in options.lora.modules
-        if name not in family.modules
-    ]
-    faults += [
-        f"lora.modules: {name} has no linear layer to adapt; leave it out"
-        for name in options.lora.modules
-        if name in family.modules and not family.lora_targets[name] and name not in options.lora.targets
-    ]
-    if options.run.compile and not family.compiles:
-        faults.append(f"run.compile: the layers of a {family.name} model cannot be compiled; leave the option out")
-    if options.export.with_code and not family.auto_classes:
-        faults.append(f"export.with_code: transformers has a {family.name} model's code itself; leave the option out")
-    if faults:
-        raise ConfigError(faults)
-
-
 def _check_figures(options: Options, evaluator: Evaluator | None) -> None:
     """Raise ConfigError where an option names a figure that the evaluation does not give."""
     figures = evaluator.figures() if evaluator else []
@@ -295,56 +268,6 @@ def _make_engine(options: Options, accelerator: Accelerator, model: nn.Module, g
     if zero_stage(options):
         return DeepSpeedEngine(accelerator, model, groups, options.optim)
     return OwnEngine(accelerator, model, groups, options.optim, compute_dtype_of(options))
-
-
-def compute_dtype_of(options: Options) -> torch.dtype:
-    """What the model computes in."""
-    return torch.bfloat16 if options.run.precision is Precision.bf16 else torch.float32
-
-
-def _load_model(options: Options, family: Family, base: Path, device: torch.device) -> nn.Module:
-    """The model with what is trained chosen: float32 where master weights are made of it, else in the compute dtype.
-
-    device: where the model will live; under DeepSpeed, its engine moves what it does not offload.
-    """
-    compute_dtype, in_float32 = weight_dtypes(options, family)
-    model = family.load_model(
-        base, dtype=compute_dtype, in_float32=in_float32, device=None if zero_stage(options) else device
-    )
-    if options.lora.load_in_4bit:
-        quantize_linear_layers(model, family.rules, "llm", compute_dtype=compute_dtype, device=device)
-    adapted_model = with_trainable(options, family, model)
-    trained = [canonical_name(name) for name, value in adapted_model.named_parameters() if value.requires_grad]
-    check_base(base, adapted_model, trained)
-    if options.run.compile:
-        compile_layers(model)
-    return adapted_model
-
-
-def weight_dtypes(options: Options, family: Family) -> tuple[torch.dtype, Callable[[str], bool] | None]:
-    """The dtype of the weights, and which of them, by name, are float32 all the same: those that master weights are
-    made of; None where none is.
-    """
-    in_full = set(tuned_modules(options)) - set(options.lora.modules)
-    for_masters = _in_float32_for_masters(options)
-    return compute_dtype_of(options), (lambda name: module_of(name, family.rules) in in_full) if for_masters else None
-
-
-def _in_float32_for_masters(options: Options) -> bool:
-    """DeepSpeed wants one dtype, and makes its master weights of that."""
-    return options.run.precision is Precision.bf16 and not zero_stage(options)
-
-
-def with_trainable(options: Options, family: Family, model: PackedModel) -> nn.Module:
-    """The model as it is trained: the kind of loss, checkpointing of activations, adapters, what learns."""
-    model.liger_loss = options.run.liger_loss
-    adapted_model: nn.Module = model
-    if options.lora.modules:
-        settings = lora_settings(options, family)
-        adapted_model = add_adapters(model, family.rules, settings, in_float32=_in_float32_for_masters(options))
-    choose_trainable(adapted_model, family.rules, tuned=tuned_modules(options), adapted=options.lora.modules)
-    checkpoint_layers(model, **options.run.activation_checkpointing.intervals())
-    return adapted_model
 
 
 def _steps_from(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from train.checks import tuned_modules
+from train.checks.chosen import tuned_modules
 from train.config import Options
 from train.data.lengths import LengthCache, digest
 from train.data.loader import StepPlan

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from train.checks import tuned_modules
+from train.checks.chosen import tuned_modules
 from train.config import Options
 from train.data.record_set import BadNote, RecordSet
 from train.export.base_folder import REPORT

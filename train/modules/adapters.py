@@ -70,7 +70,7 @@ def _config(settings: LoraSettings, names: list[str], saved: Sequence[str] = ())
         lora_dropout=settings.dropout,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]  # checks.py admits what peft knows
+        init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]  # checks/ admits what peft knows
         modules_to_save=list(saved) or None,
     )
 

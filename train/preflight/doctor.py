@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from train.checks import check, model_folder
+from train.checks.check import check
+from train.checks.chosen import model_folder
 from train.config import Options
 from train.data.record_set import RecordSet
 from train.engine.build_data import length_cache

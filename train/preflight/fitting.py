@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.checks import tuned_modules
+from train.checks.chosen import tuned_modules
 from train.config import CheckpointingOptions, Engine, OptimizerName, Options
 from train.data.loader import StepPlan
 from train.data.record_set import RecordSet

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from train.config import Options
 from train.engine.accelerator import zero_stage
-from train.engine.build import compute_dtype_of, weight_dtypes, with_trainable
+from train.engine.build_model import compute_dtype_of, weight_dtypes, with_trainable
 from train.engine.masters import MasterWeights
 from train.engine.optimizer import matrices
 from train.families.family import Family

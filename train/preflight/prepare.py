@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from train.announce import SILENCE_S
-from train.checks import model_folder
+from train.checks.chosen import model_folder
 from train.config import Options
 from train.data.lengths import LengthCache
 from train.data.loader import StepPlan

@@ -15,7 +15,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 from tests.unit.families.gemma4.builders import MIXED, TINY, clip, picture, record, sound, write_model
 from train.commands.options import compose_options
 from train.config import Options
-from train.engine.build import check_family
+from train.engine.build_model import check_family
 from train.errors import BadRecord, CheckpointError, ConfigError
 from train.families.gemma4 import GEMMA4
 from train.families.gemma4.geometry import clip_places, mel_frames
