@@ -142,7 +142,7 @@ class DataOptions:
     """What becomes of a record over `max_tokens`: set aside, or its text shortened from the end."""
     long_audio: LongAudio = LongAudio.quarantine
     """What becomes of a recording over 30 s: its record set aside, the recording cut at 30 s, or split into windows of
-    at most 30 s that the model hears one after the other, as far as `max_tokens` reaches (4096 hold about 160 s)."""
+    at most 30 s that the model hears one after the other, as far as `max_tokens` reaches (4096 hold about 150 s and a question)."""
     image_places: int | None = None
     """Places in the language model to which an image is scaled, or just below, for families with such a budget
     (Gemma 4: 70, 140, 280, 560 or 1120 in what is published); null = what the model folder says."""
@@ -197,7 +197,7 @@ class ModulesOptions:
     tune_audio_proj: bool = True
     """Projection into the language model, begin and end embeddings."""
     tune_per_layer_table: bool = False
-    """Gemma 4's table of per-layer embeddings, nearly half of the model: E2B's takes 28 GB to learn."""
+    """Gemma 4's table of per-layer embeddings, nearly half of the model: E2B's takes 38 GB to learn."""
     lr: ModuleRates = field(default_factory=ModuleRates)
     """Peak learning rate of each module."""
 
