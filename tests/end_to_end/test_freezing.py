@@ -59,7 +59,9 @@ def test_exactly_the_tuned_modules_change(family: Family, flags: tuple[bool, ...
 
 
 @pytest.mark.parametrize(
-    "tuned", [{"llm", "audio_proj"}, {"vision_encoder", "audio_encoder"}, {"per_layer_table"}], ids=str
+    "tuned",
+    [{"llm", "audio_proj"}, {"vision_encoder", "audio_encoder"}, {"per_layer_table"}],
+    ids=lambda tuned: "+".join(sorted(tuned)),
 )
 def test_gemmas_table_is_frozen_unless_it_is_tuned(tuned: set[str], tmp_path: Path) -> None:
     flags = [f"modules.tune_{name}={name in tuned}" for name in MODULES]
