@@ -142,7 +142,7 @@ class DataOptions:
     """What becomes of a record over `max_tokens`: set aside, or its text shortened from the end."""
     long_audio: LongAudio = LongAudio.quarantine
     """What becomes of a recording over 30 s: its record set aside, the recording cut at 30 s, or split into windows of
-    at most 30 s that the model hears one after the other, as far as `max_tokens` reaches (4096 hold about 150 s and a question)."""
+    at most 30 s that the model hears one after the other, as far as `max_tokens` reaches (4096: about 150 s)."""
     image_places: int | None = None
     """Places in the language model to which an image is scaled, or just below, for families with such a budget
     (Gemma 4: 70, 140, 280, 560 or 1120 in what is published); null = what the model folder says."""
