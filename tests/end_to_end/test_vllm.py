@@ -38,6 +38,7 @@ from train.commands.main import main
 from train.commands.options import read_options
 from train.export.model_folder import copy_side_files
 from train.families.registry import find
+from train.modules.packed import PackedModel
 from train.sources import load_processor, open_records
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1200)]
@@ -213,7 +214,7 @@ def test_exports_say_what_was_trained(
     check_agreement(python, export, trained, run.records.processor, conversations(), tmp_path)
 
 
-def test_a_certificate_looks_at_vllm(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_looks_at_vllm_and_finds_a_fault(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     folder = tmp_path / "tiny"
@@ -225,6 +226,11 @@ def test_a_certificate_looks_at_vllm(python: Path, tmp_path: Path, monkeypatch: 
     assert line.passed, line.why
     assert line.figure is not None
     assert line.figure > 0
+    logits = PackedModel.logits  # the planted fault: what is computed here is not what vLLM computes
+    monkeypatch.setattr(PackedModel, "logits", lambda self, batch: logits(self, batch) * 1.001)
+    line = export_lines(options, run.initial_model, run, records, python)[2]
+    assert line.passed is False
+    assert "log-probabilities" in line.why
 
 
 @pytest.fixture(scope="module")
