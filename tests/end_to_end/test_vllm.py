@@ -214,7 +214,9 @@ def test_exports_say_what_was_trained(
     check_agreement(python, export, trained, run.records.processor, conversations(), tmp_path)
 
 
-def test_a_certificate_looks_at_vllm_and_finds_a_fault(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_looks_at_vllm_and_finds_a_fault(
+    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     folder = tmp_path / "tiny"
