@@ -1,7 +1,9 @@
-"""What runs of launch.sh need, and tables at the end of the tests' output."""
+"""What several files share: launch.sh's environment, a browser, and tables at the end of the tests' output."""
 
+import shutil
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +55,16 @@ def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python.chmod(0o755)
     (folder / ".installed").touch()
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; the test is skipped where there is none."""
+    from playwright.sync_api import sync_playwright
+
+    if not (chromium := shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()

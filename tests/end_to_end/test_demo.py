@@ -1,7 +1,6 @@
 """`omnitune demo` in a real browser: Chromium without a window, on a page that may load nothing from elsewhere."""
 
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +16,6 @@ from train.inference.demo import said
 
 pytestmark = pytest.mark.end_to_end
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TOKENS = 60
 PATIENCE_MS = 120_000
 PICTURE = SAMPLE / "images/heldout/0001.png"
@@ -33,10 +31,8 @@ WATCH = """() => {
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(browser: "playwright.Browser", tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A served page whose model, drawn at random, says random words until its tokens are spent."""
-    if not CHROMIUM:
-        pytest.skip("there is no Chromium: apt-get install chromium")
     folder = tmp_path_factory.mktemp("demo")
     words = ["-u", "-m", "train.commands.main", "demo", str(write_endless_model(folder)), "--temperature", "1.5"]
     log = folder / "log.txt"
@@ -93,7 +89,7 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def page(address: str) -> Iterator[Page]:
+def page(browser: "playwright.Browser", address: str) -> Iterator[Page]:
     """The page, on a machine without a network."""
     outside: list[str] = []
 
@@ -105,14 +101,12 @@ def page(address: str) -> Iterator[Page]:
             route.abort()
 
     playwright.expect.set_options(timeout=PATIENCE_MS)
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_page()
-        opened.set_default_timeout(PATIENCE_MS)
-        opened.route("**/*", local_alone)
-        opened.goto(address)
-        yield Page(opened)
-        browser.close()
+    opened = browser.new_page()
+    opened.set_default_timeout(PATIENCE_MS)
+    opened.route("**/*", local_alone)
+    opened.goto(address)
+    yield Page(opened)
+    opened.close()
     assert outside == []
 
 

@@ -1,7 +1,6 @@
 """`omnitune preview` in a real browser: what the page says is learned is what `labels` say."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from tests.end_to_end.browser import opened
 from tests.runs import launch
 from train.commands.options import compose_options
 from train.preflight.prepare import prepare
@@ -19,7 +19,6 @@ from train.schema import IGNORE_INDEX
 
 pytestmark = pytest.mark.end_to_end
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = (
     """</span><script>document.title='taken'</script><img src=x onerror="document.title='taken'">"><svg onload=1>"""
 )
@@ -77,26 +76,15 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def page(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator["playwright.Page"]:
+def page(
+    browser: "playwright.Browser", words: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator["playwright.Page"]:
     """The page, opened from its file, on a machine without a network."""
-    if not CHROMIUM:
-        pytest.skip("there is no Chromium: apt-get install chromium")
     file = tmp_path_factory.mktemp("page") / "page.html"
     done = launch(["omnitune", "preview", *words, "--out", str(file)], script="-m")
     assert done.returncode == 0, done.stderr
-    asked, errors = [], []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_page(viewport={"width": 390, "height": 800})
-        opened.on("request", lambda request: asked.append(request.url))
-        opened.on("console", lambda message: errors.append(message.text))
-        opened.on("pageerror", lambda error: errors.append(str(error)))
-        opened.goto(file.as_uri())
-        opened.wait_for_load_state("load")
-        yield opened
-        browser.close()
-    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
-    assert errors == []
+    with opened(browser, file, width=390) as page:
+        yield page
 
 
 def test_the_page_shows_what_labels_say(page: "playwright.Page", words: list[str]) -> None:

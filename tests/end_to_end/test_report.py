@@ -9,45 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import playwright.sync_api as playwright
 import pytest
 
+from tests.end_to_end.browser import opened
 from tests.runs import ROOT, clean_environment, metrics, succeed, write_records, write_small_model
 from train.commands.main import main
 from train.pages.page import figure
 
 pytestmark = pytest.mark.end_to_end
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["playwright.Browser"]:
-    if not CHROMIUM:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-
-
-@contextmanager
-def opened(browser: "playwright.Browser", file: Path, width: int = 1100) -> Iterator["playwright.Page"]:
-    """The page, opened from its file; it may ask for nothing, and say nothing to the console."""
-    asked, errors = [], []
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: errors.append(message.text))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(file.as_uri())
-    page.wait_for_load_state("load")
-    yield page
-    page.close()
-    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
-    assert errors == []
 
 
 def words(folder: Path) -> list[str]:

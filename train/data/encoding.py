@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -252,6 +252,15 @@ class RecordProcessor(PromptMixin):
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         """Add a picture's or clip's places."""
         raise BadRecord(f"it holds an {segment.kind}, and this model reads text alone; take it out")
+
+    def _add_medium(self, tokens: Tokens, segment: Segment, size: Any, names: Sequence[str], count: int) -> None:
+        """Add a medium that has `count` places; names: of the tokens that open it, hold a place, and close it."""
+        opening, place, closing = map(self._encoder.special, names)
+        begin = len(tokens.ids)
+        tokens.extend(opening + place * count + closing)
+        places = begin + len(opening) + np.arange(count)
+        kind = cast(Kind, segment.kind)
+        tokens.media.append(Medium(kind, segment.content, size, begin, len(tokens.ids), places))
 
     def _units(self, medium: Medium) -> int:
         """What a medium costs its tower, known before it is decoded."""

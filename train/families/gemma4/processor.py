@@ -147,19 +147,12 @@ class Gemma4Processor(RecordProcessor):
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         source = segment.content
         if segment.kind == "image":
-            size = self.images.grid(*picture_size(file_of(source)))
-            names, places = IMAGE, size[0] * size[1] // self.images.pooling_kernel_size**2
-            medium = Medium("image", source, size, 0, 0, np.arange(places))
+            rows, columns = self.images.grid(*picture_size(file_of(source)))
+            places = rows * columns // self.images.pooling_kernel_size**2
+            self._add_medium(tokens, segment, (rows, columns), IMAGE, places)
         else:
             samples = self._usable_samples(self._heard_length(source, tokens.speed), f"audio {name_of(source)}")
-            names, places = AUDIO, clip_places(mel_frames(samples))
-            medium = Medium("audio", source, samples, 0, 0, np.arange(places))
-        opening, place, closing = map(self._encoder.special, names)
-        medium.begin = len(tokens.ids)
-        medium.places += medium.begin + 1
-        tokens.extend(opening + place * places + closing)
-        medium.end = len(tokens.ids)
-        tokens.media.append(medium)
+            self._add_medium(tokens, segment, samples, AUDIO, clip_places(mel_frames(samples)))
 
     def _usable_samples(self, samples: int, name: str) -> int:
         """How many of a clip's samples at 16 kHz are used; BadRecord if it is too long or too short."""

@@ -129,21 +129,15 @@ class QwenOmniProcessor(RecordProcessor):
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         source = segment.content
         if segment.kind == "image":
-            size = self.pictures.grid(*picture_size(file_of(source)))
-            names, places = IMAGE, size[0] * size[1] // self.pictures.merge_size**2
-            medium = Medium("image", source, size, 0, 0, np.arange(places))
+            rows, columns = self.pictures.grid(*picture_size(file_of(source)))
+            places = rows * columns // self.pictures.merge_size**2
+            self._add_medium(tokens, segment, (rows, columns), IMAGE, places)
         else:
             samples = self._heard_length(source, tokens.speed)
-            names, places = AUDIO, clip_places(mel_frames(samples))
+            places = clip_places(mel_frames(samples))
             if not places:
                 raise BadRecord(f"audio {name_of(source)} of {samples} samples is too short to be heard; remove it")
-            medium = Medium("audio", source, samples, 0, 0, np.arange(places))
-        opening, place, closing = map(self._encoder.special, names)
-        medium.begin = len(tokens.ids)
-        medium.places += medium.begin + 1
-        tokens.extend(opening + place * places + closing)
-        medium.end = len(tokens.ids)
-        tokens.media.append(medium)
+            self._add_medium(tokens, segment, samples, AUDIO, places)
 
     def _units(self, medium: Medium) -> int:
         """Patches of a picture, mel frames of a clip."""

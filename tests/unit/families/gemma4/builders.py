@@ -1,4 +1,4 @@
-"""Small models of the family with every parameter random, and conversations with media of odd sizes."""
+"""Small models of the family with every parameter random."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,9 @@ import torch
 
 from tests.builders import randomize
 from tests.runs import ROOT
-from tests.unit.families.qwen_omni.builders import clip, picture, record, sound
-from train.data.collate import collate
 from train.export.model_folder import copy_side_files
 from train.families.gemma4.config import Gemma4Config
 from train.families.gemma4.model import Gemma4ForConditionalGeneration
-from train.families.gemma4.processor import Gemma4Processor
-from train.schema import Batch, Sample
-
-__all__ = ["MIXED", "TINY", "clip", "packed", "picture", "record", "samples", "sound", "write_model"]
 
 TINY = ROOT / "data" / "tiny_gemma4"
 
@@ -46,28 +40,3 @@ def write_model(folder: Path, *, image_places: int = 9, head_dim: int = 64, **te
     settings["image_processor"]["max_soft_tokens"] = image_places
     file.write_text(json.dumps(settings))
     return folder
-
-
-MIXED = [
-    record(("user", ["What is it?"]), ("assistant", ["A cat."])),
-    record(("user", [("image", (97, 201)), ("image", (300, 61)), "Which?"]), ("assistant", ["The second one."])),
-    record(("user", [("audio", 33_333), "and", ("audio", 8_000), ("audio", 64_161)]), ("assistant", ["three"])),
-    record(
-        ("system", ["Be brief."]),
-        ("user", ["Look: ", ("image", (150, 150)), ("audio", 49_000), "What?"]),
-        ("assistant", ["A small red one."]),
-        ("user", [("audio", 1_000), "And this? ", ("image", (60, 280))]),
-        ("assistant", ["island"]),
-    ),
-    record(("user", ["Which colour has the sky?"]), ("assistant", ["blue"])),
-]
-
-
-def samples(processor: Gemma4Processor) -> list[Sample]:
-    """Every mix: text, several images, several clips, all in several turns, text."""
-    return [processor.encode(one) for one in MIXED]
-
-
-def packed(found: list[Sample]) -> Batch:
-    """The samples in one pack."""
-    return collate(found, [0] * len(found), range(len(found)))

@@ -9,7 +9,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.unit.families.gemma4.builders import MIXED, TINY, packed, write_model
+from tests.unit.families.conversations import MIXED, packed
+from tests.unit.families.gemma4.builders import TINY, write_model
 from train.export.model_folder import export, write_random_model
 from train.export.shards import StoredTensors
 from train.families.gemma4 import GEMMA4

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from tests.unit.families.gemma4.builders import MIXED, TINY, packed, samples, write_model
+from tests.unit.families.conversations import MIXED, packed, samples
+from tests.unit.families.gemma4.builders import TINY, write_model
 from train.families.gemma4 import GEMMA4
 from train.families.gemma4.model import Gemma4ForConditionalGeneration
 from train.families.gemma4.processor import Gemma4Processor

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, Gemma4Processor
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-from tests.unit.families.gemma4.builders import MIXED, TINY, clip, picture, record, sound, write_model
+from tests.unit.families.conversations import MIXED, clip, picture, record, sound
+from tests.unit.families.gemma4.builders import TINY, write_model
 from train.commands.options import compose_options
 from train.config import Options
 from train.engine.build_model import check_family

@@ -1,27 +1,18 @@
-"""Small models of the family with every parameter random, and conversations with media of odd sizes."""
+"""Small models of the family with every parameter random."""
 
 import json
-from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import soundfile
 import torch
 import transformers
-from PIL import Image
 
 from tests.builders import randomize
 from tests.runs import ROOT
 from train.export.model_folder import copy_side_files
 from train.families.qwen_omni.config import QwenOmniConfig
 from train.families.qwen_omni.model import Qwen2_5OmniForConditionalGeneration
-from train.families.qwen_omni.processor import QwenOmniProcessor
-from train.schema import Part, Record, Sample, Turn
 
 TINY = ROOT / "data" / "tiny_qwen_omni"
-RATE = 16_000
 
 
 def write_model(folder: Path, *, max_pixels: int = 300 * 300) -> Path:
@@ -33,57 +24,6 @@ def write_model(folder: Path, *, max_pixels: int = 300 * 300) -> Path:
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_pixels": max_pixels}))
     return folder
-
-
-def picture(width: int, height: int, seed: int = 0) -> bytes:
-    """A picture of noise, as a PNG."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    file = BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def clip(samples: int, seed: int = 0) -> bytes:
-    """A recording of noise at 16 kHz, as a WAV of float samples."""
-    file = BytesIO()
-    soundfile.write(file, sound(samples, seed), RATE, format="WAV", subtype="FLOAT")
-    return file.getvalue()
-
-
-def sound(samples: int, seed: int = 0) -> np.ndarray:
-    return (0.1 * np.random.default_rng(seed).standard_normal(samples)).astype(np.float32)
-
-
-def record(*turns: tuple[str, Sequence[Any]]) -> Record:
-    """A conversation; a part is a text, ("image", (width, height)) or ("audio", samples)."""
-    return Record(tuple(Turn(role, tuple(_part(part, n) for n, part in enumerate(parts))) for role, parts in turns))
-
-
-def _part(part: Any, seed: int) -> Part:
-    if isinstance(part, str):
-        return Part("text", part)
-    kind, size = part
-    return Part(kind, picture(*size, seed) if kind == "image" else clip(size, seed))
-
-
-MIXED = [
-    record(("user", ["What is it?"]), ("assistant", ["A cat."])),
-    record(("user", [("image", (97, 201)), ("image", (300, 61)), "Which?"]), ("assistant", ["The second one."])),
-    record(("user", [("audio", 33_333), "and", ("audio", 8_000), ("audio", 64_161)]), ("assistant", ["three"])),
-    record(
-        ("system", ["Be brief."]),
-        ("user", ["Look: ", ("image", (150, 150)), ("audio", 49_000), "What?"]),
-        ("assistant", ["A small red one."]),
-        ("user", [("audio", 1_000), "And this? ", ("image", (60, 280))]),
-        ("assistant", ["island"]),
-    ),
-    record(("user", ["Which colour has the sky?"]), ("assistant", ["blue"])),
-]
-
-
-def samples(processor: QwenOmniProcessor) -> list[Sample]:
-    """Every mix: text, several pictures, several clips, all in several turns, text."""
-    return [processor.encode(one) for one in MIXED]
 
 
 def write_published(folder: Path) -> Path:

@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.unit.families.qwen_omni.builders import MIXED, write_published
-from tests.unit.families.qwen_omni.test_model import packed
+from tests.unit.families.conversations import MIXED, packed
+from tests.unit.families.qwen_omni.builders import write_published
 from train.export.model_folder import export
 from train.export.shards import StoredTensors, shards_of
 from train.families.qwen_omni import QWEN_OMNI

@@ -8,14 +8,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from tests.unit.families.qwen_omni.builders import MIXED, TINY, samples, write_model
-from train.data.collate import collate
+from tests.unit.families.conversations import MIXED, packed, samples
+from tests.unit.families.qwen_omni.builders import TINY, write_model
 from train.families.qwen_omni import QWEN_OMNI
 from train.families.qwen_omni.model import Qwen2_5OmniForConditionalGeneration
 from train.families.qwen_omni.processor import QwenOmniProcessor
 from train.families.qwen_omni.stock import stock_inputs
 from train.modules.trainable import FROZEN, module_of
-from train.schema import Batch, Sample
 
 RENAMED = {"model.language_model.": "model.", "model.visual.": "visual.", "model.audio_tower.": "audio_tower."}
 """What transformers calls its parts, and what they are called in the published files."""
@@ -40,10 +39,6 @@ def stock(folder: Path) -> transformers.Qwen2_5OmniThinkerForConditionalGenerati
 @pytest.fixture(scope="module")
 def processor(folder: Path) -> QwenOmniProcessor:
     return QWEN_OMNI.load_processor(folder)
-
-
-def packed(found: list[Sample]) -> Batch:
-    return collate(found, [0] * len(found), range(len(found)))
 
 
 def test_logits_are_those_of_transformers_one_by_one_and_packed(model, stock, processor) -> None:

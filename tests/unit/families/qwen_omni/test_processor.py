@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5OmniProcessor, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from tests.unit.families.qwen_omni.builders import MIXED, RATE, TINY, clip, picture, record, sound, write_model
+from tests.unit.families.conversations import MIXED, RATE, clip, picture, record, sound
+from tests.unit.families.qwen_omni.builders import TINY, write_model
 from train.errors import BadRecord, CheckpointError
 from train.families.qwen_omni import QWEN_OMNI
 from train.families.qwen_omni.geometry import clip_places, mel_frames, picture_pixels

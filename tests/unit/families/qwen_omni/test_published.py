@@ -12,8 +12,8 @@ from torch import nn
 
 from tests.builders import randomize
 from tests.runs import build_here, write_records
+from tests.unit.families.conversations import MIXED
 from tests.unit.families.published import PUBLISHED, add_tokenizer, changed
-from tests.unit.families.qwen_omni.builders import MIXED
 from train.export.shards import StoredTensors, shards_of
 from train.families.qwen_omni import QWEN_OMNI
 from train.families.registry import find

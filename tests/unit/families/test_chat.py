@@ -1,19 +1,19 @@
-"""`Chat` and the model's own `chat` with pictures and recordings in every form."""
+"""`Chat` and the model's own `chat` with images and recordings in every form, in the families that transformers has."""
 
-import numpy as np
 import pytest
 import torch
 
-from tests.unit.families.qwen_omni.builders import MIXED, clip, picture, sound, write_model
-from tests.unit.families.qwen_omni.test_model import packed
+from tests.unit.families.conversations import MIXED, clip, packed, picture, sound
+from tests.unit.families.gemma4.builders import write_model as write_gemma
+from tests.unit.families.qwen_omni.builders import write_model as write_qwen
 from train.errors import BadRecord
 from train.inference.chat import Chat
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+@pytest.fixture(scope="module", params=[write_qwen, write_gemma], ids=["qwen_omni", "gemma4"])
+def chat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chat:
     torch.manual_seed(0)
-    return Chat.load(write_model(tmp_path_factory.mktemp("qwen") / "model"), device="cpu")
+    return Chat.load(request.param(tmp_path_factory.mktemp("model") / "model"), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
     [
         "Hello",
         {"text": "What is it?", "image": picture(60, 90)},
-        {"text": "What is said?", "audio": (sound(20_000).astype(np.float32), 16_000)},
+        {"text": "What is said?", "audio": (sound(20_000), 16_000)},
         [
             {"type": "audio", "audio": clip(50_000)},
             {"type": "text", "text": "and"},
@@ -37,7 +37,7 @@ def test_an_answer_comes_whole_or_piece_by_piece(content: object, chat: Chat) ->
 
 
 def test_prompts_of_unequal_length_are_answered_as_if_alone(chat: Chat) -> None:
-    """Their positions are those of each prompt, not of the padded row."""
+    """Positions are those of each prompt, not of the padded row."""
     prompts = [chat.model.processor.prompt(one) for one in MIXED]
     together = chat.model.generate(packed(prompts), max_new_tokens=6)
     for prompt, answer in zip(prompts, together, strict=True):
