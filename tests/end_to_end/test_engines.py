@@ -100,6 +100,20 @@ def test_bf16_beside_fp32_masters_on_two_ranks_equals_one(tmp_path: Path) -> Non
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
+def test_an_augmented_run_is_the_same_with_workers_and_on_two_ranks(tmp_path: Path) -> None:
+    changes = "data.augment={speed: [0.9, 1, 1.1], noise_db: [0, 20], echo_s: [0.1, 0.4], time_mask: 20, color: 0.3}"
+    for run, processes, more in (
+        *(("alone", 1, ["engine=none", changes]), ("workers", 1, ["engine=none", changes, "data.workers=2"])),
+        *(("ranks", 2, ["engine=ddp", changes]), ("plain", 1, ["engine=none"])),
+    ):
+        command = ["+recipe=full", *words(tmp_path, run), "data.eval=[]", "checkpoint.save_every=0", *more]
+        succeed(command, processes=processes)
+    alone, workers, ranks, plain = (losses(tmp_path / run) for run in ("alone", "workers", "ranks", "plain"))
+    assert workers == alone
+    assert ranks == pytest.approx(alone, abs=1e-4)
+    assert plain != pytest.approx(alone, abs=1e-2), "nothing was changed"
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_lora_on_two_ranks(engine: str, tmp_path: Path) -> None:
     succeed(["+recipe=lora", f"engine={engine}", *words(tmp_path, "run")], processes=2)
