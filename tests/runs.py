@@ -102,7 +102,7 @@ def environment_python(name: str) -> Path:
 
 
 def launch(
-    words: list[str], *, processes: int = 1, timeout_s: float = 300, script: str = "train/main.py"
+    words: list[str], *, processes: int = 1, timeout_s: float = 560, script: str = "train/main.py"
 ) -> subprocess.CompletedProcess[str]:
     """Run training (or another script) in processes of its own (gloo on the CPU), as launch.sh does."""
     environment = clean_environment()
