@@ -45,7 +45,7 @@ def main(folder: Path, settings: list[Setting]) -> None:
 
 
 def losses(run: Run, setting: Setting) -> dict:
-    """Loss and gradient norm of a step of each mix; then an evaluation, with answers of unequal length."""
+    """Loss and gradient norm of a step of each mix; then perhaps an evaluation, with answers of unequal length."""
     step, evaluator = run.trainer.train_step, run.trainer.evaluator
     records, types = evaluator.records, evaluator.measured.types
     model = run.accelerator.unwrap_model(step.engine.model)
@@ -57,11 +57,10 @@ def losses(run: Run, setting: Setting) -> dict:
         packs = [records.batch(indices)[0] for indices in held]
         mine = packs if world_size() == 1 else [packs[run.accelerator.process_index]]
         results.append(step(len(results), mine))
-    evaluation = evaluator.evaluate(step.engine.model).values
     return {
         "losses": [result.loss for result in results],
         "grad_norms": [result.grad_norm for result in results],
-        "evaluation": evaluation,
+        "evaluation": evaluator.evaluate(step.engine.model).values if setting.evaluates else {},
     }
 
 

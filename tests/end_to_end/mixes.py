@@ -24,6 +24,11 @@ class Setting:
     lora: bool
     mixes: tuple[tuple[str, str], ...]
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether an evaluation ends the run: in a quarter of the settings, under every engine."""
+        return {"vision_proj", "audio_proj"} <= set(self.tuned)
+
     def words(self) -> list[str]:
         """The Hydra words of the run; with LoRA every tuned module learns through adapters."""
         lora = ["lora=lora", "lora.dropout=0", f"lora.modules=[{','.join(self.tuned)}]"] if self.lora else []

@@ -62,6 +62,7 @@ def compare(
     prepare(folder, write_model, more)
     alone = list(dict.fromkeys(setting.alone() for setting in settings))
     references = dict(zip(alone, outcomes(folder, alone, 1), strict=True))
+    assert any(setting.evaluates for setting in settings)
     cases = 0
     for setting, mine in zip(settings, outcomes(folder, settings, 2), strict=True):
         reference = references[setting.alone()]
