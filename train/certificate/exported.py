@@ -20,6 +20,7 @@ from train.certificate.records import batches, choose
 from train.config import Options
 from train.data.audio import SAMPLE_RATE, load_clip
 from train.data.collate import collate
+from train.data.images import load_picture
 from train.data.record_set import RecordSet
 from train.engine.build_data import limits_of
 from train.export.base_folder import REPORT
@@ -31,7 +32,7 @@ from train.families.family import Family
 from train.families.registry import find
 from train.modules.packed import PackedModel
 from train.run_folder import RunFolder
-from train.schema import Batch, Part, Record, Span, Window
+from train.schema import Batch, Part, Record, file_of
 
 EXPORT = "export = trained"
 TRANSFORMERS = "export in transformers"
@@ -134,13 +135,14 @@ def _messages(record: Record) -> list[dict[str, Any]]:
 
 
 def _item(part: Part) -> dict[str, Any]:
+    """A part of a turn; media as they are decoded here, since vLLM may turn images and resample clips otherwise."""
     if part.kind == "text":
         return {"type": "text", "text": part.content}
-    source = part.content
-    if isinstance(source, Span | Window):
-        wav = BytesIO()
-        soundfile.write(wav, load_clip(source), SAMPLE_RATE, format="WAV", subtype="FLOAT")
-        source = wav.getvalue()
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    form = {"image": "image/png", "audio": "audio/wav"}[part.kind]  # what it is, its first bytes say
-    return {"type": f"{part.kind}_url", f"{part.kind}_url": {"url": f"data:{form};base64,{b64encode(data).decode()}"}}
+    file = BytesIO()
+    if part.kind == "image":
+        load_picture(file_of(part.content)).save(file, "PNG")
+    else:
+        soundfile.write(file, load_clip(part.content), SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    form = {"image": "image/png", "audio": "audio/wav"}[part.kind]
+    url = f"data:{form};base64,{b64encode(file.getvalue()).decode()}"
+    return {"type": f"{part.kind}_url", f"{part.kind}_url": {"url": url}}
