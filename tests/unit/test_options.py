@@ -261,9 +261,10 @@ def test_choices_named_in_two_rooms_are_the_same() -> None:
     [
         ("recipe=full", "Could not override 'recipe'; write +recipe=full"),
         ("+recipe=ful", "\twebsearch"),
+        ("data.long_audio=cutt", "Invalid value 'cutt', expected one of [quarantine, cut, split]"),
     ],
 )
-def test_a_recipe_written_wrong_is_told_without_jargon(words: str, said: str) -> None:
+def test_what_is_written_wrong_is_told_without_jargon(words: str, said: str) -> None:
     with pytest.raises(HydraException) as caught:
         compose_options([words])
     told = message_for_known_error(caught.value)

@@ -197,7 +197,7 @@ def message_for_known_error(error: Exception) -> str | None:
 
 def _without_jargon(said: str) -> str:
     """Hydra's message without what only its developers need."""
-    said = said.partition("\nConfig search path:")[0]
+    said = said.partition("\nConfig search path:")[0].partition("\n    full_key:")[0]
     return re.sub(r"\. No match in the defaults list\.\nTo append to your default list use (\S+)", r"; write \1", said)
 
 
