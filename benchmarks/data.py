@@ -30,6 +30,7 @@ from train.data.workers import UNWATCHED, Workers
 from train.families.megrezo.flops import megrezo_flops
 from train.families.megrezo.model import MegrezO, MegrezOConfig
 from train.families.registry import find
+from train.preflight.examine import examine
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS, PACKS_EACH = 8, 4
@@ -98,6 +99,13 @@ def decode_figures(records: RecordSet, count: int) -> dict[str, float]:
     seconds = [taken for of_type in by_type.values() for taken in of_type]
     figures = {"decode_records_per_s": len(seconds) / sum(seconds)}
     return figures | {f"decode_{name}_records_per_s": len(of) / sum(of) for name, of in sorted(by_type.items())}
+
+
+def doctor_figures(records: RecordSet) -> dict[str, float]:
+    """Records that `omnitune doctor` reads, decodes and hashes a second."""
+    examined, cost = measured(lambda: examine(records, None))
+    assert not examined.bad, examined.bad[:3]
+    return {"doctor_records_per_s": len(records) / cost.seconds}
 
 
 EVERYTHING = Augmentation(
@@ -227,7 +235,7 @@ def figures_of(chosen: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"records": len(records), "planned_records": chosen.planned}
     figures |= memory_figures(chosen.model, chosen.texts)
     figures |= header_figures(records) | decode_figures(records, chosen.decoded)
-    figures |= changed_figures(records, chosen.decoded)
+    figures |= doctor_figures(records) | changed_figures(records, chosen.decoded)
     figures |= cores_figures(chosen.model, chosen.records, chosen.times)
     lengths = draw(chosen.planned).lengths()
     planned, packs = plan_figures(lengths)

@@ -314,7 +314,7 @@ class RunOptions:
     """Refuse CUDA operations whose result varies from run to run."""
     predict_memory: bool | None = None
     """Say at the start how much memory the largest pack is expected to need, and write it to metrics.jsonl beside what
-    was needed; about 15 s of a core at 4 billion parameters, a few at the tiny size; null = on GPUs."""
+    was needed; about 20 s of a core at 4 billion parameters, a few at the tiny size; null = on GPUs."""
     peak_tflops: float | None = None
     """Dense 10^12 floating-point operations a second that one device can do at most, for the MFU in metrics.jsonl;
     null = the data sheet's for known GPUs in bf16, and no MFU elsewhere."""

@@ -138,11 +138,13 @@ class Placed:
     """of an image, equally many places each, in order; empty where its processor does not tell them"""
     seconds: float | None = None
     """of a clip, what the model hears of it; None where its processor does not tell"""
+    units: int = 0
+    """what it costs its tower"""
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A record laid out as tokens, from headers alone: what `Processor.encode` gives, before media are decoded."""
+    """A record laid out as tokens: what `Processor.encode` gives, without what the towers read."""
 
     input_ids: Sequence[int]
     weights: Sequence[float]
@@ -282,8 +284,18 @@ class Processor(Protocol):
         """
         ...
 
-    def outline(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Outline:
-        """The tokens and the places of media that `encode` will give, from headers alone; BadRecord as in `measure`."""
+    def outline(
+        self,
+        record: Record,
+        *,
+        max_tokens: int | None = None,
+        too_long: TooLong = "quarantine",
+        decode_media: bool = False,
+    ) -> Outline:
+        """The tokens and the places of media that `encode` will give, from headers alone; BadRecord as in `measure`.
+
+        decode_media: decode the media too; BadRecord as in `encode`.
+        """
         ...
 
     def encode(

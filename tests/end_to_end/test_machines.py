@@ -148,14 +148,15 @@ def test_an_unplugged_machine_ends_both(machines: list[Machine], tmp_path: Path)
         assert machine.is_quiet()
 
 
-def test_a_fault_on_one_machine_is_the_last_word_on_both(machines: list[Machine], tmp_path: Path) -> None:
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_a_fault_on_one_machine_is_the_last_word_on_both(faulty: int, machines: list[Machine], tmp_path: Path) -> None:
     options = [*words(tmp_path, "engine=ddp"), f"run.dir={tmp_path / 'run'}"]
-    machines[0].start(options)
-    machines[1].start([*options, "data.eval=[{path: only_there.jsonl}]"])
+    for machine in machines:
+        machine.start([*options, *(["data.eval=[{path: only_there.jsonl}]"] if machine.rank == faulty else [])])
     for machine in machines:
         assert machine.wait(60) == 1
         assert "data.eval[0].path: there is no file 'only_there.jsonl'" in machine.said()
-        assert machine.said().splitlines()[-1].startswith("(rank 1 on ")
+        assert machine.said().splitlines()[-1].startswith(f"(rank {faulty} on ")
         assert "Traceback" not in machine.said()
 
 

@@ -63,7 +63,7 @@ def test_data_reports_its_figures(load: Any, tmp_path: Path) -> None:
     few = ["--decoded", "10", "--planned", "4000", "--texts", "100", "--times", "2"]
     written = figures(load("data"), tmp_path, "--records", str(heldout), *few)
     assert set(written) >= {
-        *("headers_records_per_s", "headers_cached_records_per_s", "decode_records_per_s"),
+        *("headers_records_per_s", "headers_cached_records_per_s", "decode_records_per_s", "doctor_records_per_s"),
         *("cores", "wall_one_process_records_per_s", "wall_all_cores_records_per_s"),
         *("wall_all_cores_first_start_records_per_s", "wall_all_cores_cached_records_per_s"),
         *("texts", "texts_records_per_s", "resident_measuring_mib", "resident_planning_mib"),

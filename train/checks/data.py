@@ -19,7 +19,7 @@ def model_faults(options: Options, *, weights: bool = True) -> list[str]:
     if weights and options.model.path and not any(folder.glob("*.safetensors")):
         return [
             f"model.path: '{path}' has no weights (*.safetensors); "
-            f"download them, or start from nothing with model.path=null model.random_from={path}"
+            f"download them, or start from random weights with model.path=null model.random_from={path}"
         ]
     return []
 

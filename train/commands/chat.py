@@ -1,4 +1,4 @@
-"""Talk to a model, with pictures and recordings: one question, or a conversation in the terminal."""
+"""Talk to a model, with images and audio clips: one question, or a conversation in the terminal."""
 
 import argparse
 import sys

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
-from train.data.media import head_of, header_of, medium_name, reading
+from train.data.media import head_of, header_of, medium_name, reading, remembered
 from train.errors import BadRecord
-from train.schema import MediaSource, Span, Window, file_of
+from train.schema import MediaFile, MediaSource, Span, Window, file_of
 
 SAMPLE_RATE = 16_000
 """Samples a second of every clip that is handed on."""
@@ -114,12 +114,14 @@ def clip_length(source: MediaSource) -> int:
 def clip_header(source: MediaSource) -> ClipHeader:
     """What a recording's header says; BadRecord if it cannot be read, or a span does not lie in it."""
     source = source.source if isinstance(source, Window) else source
-    with _reading(source) as file, header_of(file) as opened:
-        header = _header(opened)
-        if not isinstance(source, Span) or header.seconds is None:
-            return header
+    header = _header(file_of(source))
+    if not isinstance(source, Span) or header.seconds is None:
+        return header
+    try:
         begin, end = _stretch(source, header.seconds, header.rate)
-        return replace(header, seconds=(end - begin) / header.rate)
+    except BadRecord as fault:
+        raise BadRecord(f"{medium_name('audio', source.file)}: {fault}") from None
+    return replace(header, seconds=(end - begin) / header.rate)
 
 
 def load_clip(source: MediaSource, max_samples: int | None = None) -> np.ndarray:
@@ -203,13 +205,16 @@ def log_mel(clip: np.ndarray, feature_extractor: WhisperFeatureExtractor, frames
     return torch.from_numpy(features["input_features"][0, :, :frames].T.copy())
 
 
-def _header(header: Any) -> ClipHeader:
-    try:
-        with _opened_by_sndfile(header) as sound:
-            return ClipHeader(sound.frames / sound.samplerate, sound.samplerate, sound.channels)
-    except soundfile.LibsndfileError:
-        with _opened_by_av(header) as (container, stream):
-            return ClipHeader(_seconds(container, stream), stream.rate, stream.codec_context.channels)
+@remembered
+def _header(source: MediaFile) -> ClipHeader:
+    """The header of a whole recording."""
+    with _reading(source) as file, header_of(file) as opened:
+        try:
+            with _opened_by_sndfile(opened) as sound:
+                return ClipHeader(sound.frames / sound.samplerate, sound.samplerate, sound.channels)
+        except soundfile.LibsndfileError:
+            with _opened_by_av(opened) as (container, stream):
+                return ClipHeader(_seconds(container, stream), stream.rate, stream.codec_context.channels)
 
 
 def _seconds(container: Any, stream: Any) -> float | None:

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from train.data.audio import SAMPLE_RATE, clip_length, load_fitted, samples_at, speed_ratio
 from train.data.chat_template import ChatTemplate, Segment, TextEncoder
+from train.data.images import load_picture
 from train.data.prompting import PromptMixin
 from train.errors import BadRecord, CheckpointError
 from train.schema import (
@@ -31,6 +33,7 @@ from train.schema import (
     TooLong,
     Turn,
     Window,
+    file_of,
 )
 
 
@@ -41,7 +44,7 @@ class Medium:
     kind: Kind
     source: MediaSource
     size: Any
-    """what the header told, in the family's own form"""
+    """what the header told: of a clip its samples at 16 kHz, of an image in the family's own form"""
     begin: int
     end: int
     places: np.ndarray
@@ -86,8 +89,9 @@ class Tokens:
 class RecordProcessor(PromptMixin):
     """Lays records out as tokens by a chat template; a model of text alone takes no media.
 
-    A processor of media overrides `_lay_out_medium`, `_units` and `_decoded`, and what it can tell of `_slices` and
-    `_seconds`; one that splits long recordings `_split`; one of several rows of positions `_positions`.
+    A processor of media overrides `_lay_out_medium`, `_units` and `_features`, and what it can tell of `_slices` and
+    `_seconds`; one that cuts long recordings `_longest_clip`, one that splits them `_split`; one of several rows of
+    positions `_positions`.
     """
 
     template: ChatTemplate
@@ -128,10 +132,22 @@ class RecordProcessor(PromptMixin):
             tokens = self._lay_out(record, False, max_tokens, too_long, speed=speed)
         return Lengths(len(tokens.ids), {kind: sum(map(self._units, media)) for kind, media in _by_kind(tokens)})
 
-    def outline(self, record: Record, *, max_tokens: int | None = None, too_long: TooLong = "quarantine") -> Outline:
-        """The tokens and the places of media that `encode` will give: from headers, and the sound of what is split."""
+    def outline(
+        self,
+        record: Record,
+        *,
+        max_tokens: int | None = None,
+        too_long: TooLong = "quarantine",
+        decode_media: bool = False,
+    ) -> Outline:
+        """The tokens and the places of media that `encode` will give: from headers, and the sound of what is split.
+
+        decode_media: decode the others too, so that what `encode` would refuse is refused.
+        """
         with _located(record):
             tokens = self._lay_out(record, False, max_tokens, too_long, decode=True)
+            for medium in tokens.media if decode_media else ():
+                self._decoded(medium, None)
         media = [
             Placed(
                 medium.kind,
@@ -141,6 +157,7 @@ class RecordProcessor(PromptMixin):
                 tuple(medium.places.tolist()),
                 self._slices(medium),
                 self._seconds(medium),
+                self._units(medium),
             )
             for medium in tokens.media
         ]
@@ -274,19 +291,36 @@ class RecordProcessor(PromptMixin):
         """How much of a clip the tower hears; None where that is not told."""
         return None
 
-    def _decoded(self, medium: Medium, changes: Changes | None) -> tuple[Tensor, Tensor]:
-        """A medium's values (U, ...) and the sizes (I, ...) of its items; BadRecord if it cannot be used."""
+    @property
+    def _longest_clip(self) -> int | None:
+        """Samples after which recordings are cut; None where they are not."""
+        return None
+
+    def _decoded(self, medium: Medium, changes: Changes | None) -> Image.Image | np.ndarray:
+        """An image, RGB and upright, or a clip, float32 (samples,), changed; BadRecord if it cannot be used."""
+        if medium.kind == "image":
+            picture = load_picture(file_of(medium.source))
+            return changes.picture(picture) if changes else picture
+        return self._heard(medium.source, medium.size, changes, is_cut=medium.size == self._longest_clip)
+
+    def _features(self, medium: Medium, decoded: Any) -> tuple[Tensor, Tensor]:
+        """What the tower reads of a decoded medium, (U, ...), and the sizes (I, ...) of its items."""
         raise NotImplementedError
 
     def _positions(self, tokens: Tokens) -> Tensor:
         """int64 (T,), or (R, T) for a model with several rows of positions."""
         return torch.arange(len(tokens.ids))
 
+    def _read(self, medium: Medium, changes: Changes | None) -> tuple[Tensor, Tensor]:
+        """`_features` of a medium, changed."""
+        values, sizes = self._features(medium, self._decoded(medium, changes))
+        return changes.mel(values) if changes and medium.kind == "audio" else values, sizes
+
     def _media(self, media: list[Medium], changes: Changes | None) -> Media:
-        decoded = [self._decoded(medium, changes) for medium in media]
+        read = [self._read(medium, changes) for medium in media]
         return Media(
-            values=torch.cat([values for values, _ in decoded]),
-            sizes=torch.cat([sizes for _, sizes in decoded]),
+            values=torch.cat([values for values, _ in read]),
+            sizes=torch.cat([sizes for _, sizes in read]),
             places=torch.from_numpy(np.concatenate([medium.places for medium in media])),
         )
 

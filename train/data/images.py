@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from train.data.media import head_of, header_of, reading
+from train.data.media import head_of, header_of, reading, remembered
 from train.errors import BadRecord
 from train.schema import MediaFile
 
@@ -40,6 +40,7 @@ _FLIPS = {
 """What brings a picture of that EXIF orientation upright."""
 
 
+@remembered
 def picture_size(source: MediaFile) -> tuple[int, int]:
     """(width, height) in pixels of the upright picture, from its header; BadRecord if broken or too large."""
     with _opened(source, header_only=True) as picture:

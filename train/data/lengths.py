@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from train.data.media import stamp
 from train.schema import KINDS, Lengths, Record, file_of
 
 PART = 4096
@@ -65,18 +66,13 @@ class Part:
 def stamps_of(record: Record) -> Stamps:
     """The media files of a record as they are now; an OSError if one is gone."""
     paths = [file_of(part.content) for turn in record.turns for part in turn.parts if part.kind != "text"]
-    return [(path, *_stamp(path)) for path in paths if isinstance(path, str)]
+    return [(path, *stamp(path)) for path in paths if isinstance(path, str)]
 
 
-def _stamp(path: str) -> tuple[int, int]:
-    status = os.stat(path)  # noqa: PTH116 (pathlib is slow)
-    return status.st_size, status.st_mtime_ns
-
-
-def holds(stamp: tuple[str, int, int]) -> bool:
+def holds(stamped: tuple[str, int, int]) -> bool:
     """Whether a medium is as it was."""
     try:
-        return _stamp(stamp[0]) == stamp[1:]
+        return stamp(stamped[0]) == stamped[1:]
     except OSError:
         return False
 

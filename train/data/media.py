@@ -2,13 +2,16 @@
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from io import BytesIO, FileIO
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from train.errors import BadRecord
 from train.schema import Kind, MediaFile
+
+R = TypeVar("R")
 
 MAX_BYTES: dict[Kind, int] = {"image": 2**28, "audio": 2**30}
 """Largest file that is opened: an uncompressed picture of 67 megapixels fits, and half an hour of studio sound."""
@@ -17,6 +20,9 @@ _HEADER_READS = 20_000
 _HEADER_BYTES = 2**24
 """How often a header is read or searched, and how far: colour profiles and embedded previews fit, a chain of a million
 chunks does not."""
+
+_REMEMBERED = 256
+"""Files whose headers are remembered: those of a record, and of the few before it."""
 
 
 @contextmanager
@@ -33,6 +39,30 @@ def reading(kind: Kind, source: MediaFile, advice: str, buffering: int = -1) -> 
         raise BadRecord(f"{medium_name(kind, source)}: {fault}") from None
     except Exception as error:  # decoders fail in many ways on broken files
         raise BadRecord(f"{medium_name(kind, source)} cannot be read ({error}); {advice}") from None
+
+
+def stamp(path: str) -> tuple[int, int]:
+    """Bytes of a file, and the time of its last change in ns: what tells that it is as it was."""
+    status = os.stat(path)  # noqa: PTH116 (pathlib is slow)
+    return status.st_size, status.st_mtime_ns
+
+
+def remembered(read: Callable[[MediaFile], R]) -> Callable[[MediaFile], R]:
+    """The function with what it found in the last files remembered, as long as they do not change."""
+
+    @lru_cache(_REMEMBERED)
+    def found(path: str, _: tuple[int, int]) -> R:
+        return read(path)
+
+    @wraps(read)
+    def look_up(source: MediaFile) -> R:
+        try:
+            stamped = stamp(source) if isinstance(source, str) else None
+        except (OSError, ValueError):  # `read` says what is wrong with it
+            stamped = None
+        return read(source) if stamped is None else found(cast(str, source), stamped)
+
+    return look_up
 
 
 def medium_name(kind: Kind, source: MediaFile) -> str:

@@ -222,9 +222,9 @@ class RecordSet:
         at: dict[str, Any] = {} if self.speed == 1 else {"speed": self.speed}
         return self.processor.measure(record, **self._fit, **at)
 
-    def outline_of(self, record: Record) -> Outline:
-        """A record laid out as tokens, from headers alone; raises BadRecord."""
-        return self.processor.outline(record, **self._fit)
+    def outline_of(self, record: Record, *, decode_media: bool = False) -> Outline:
+        """A record laid out as tokens, from headers alone or with its media decoded; raises BadRecord."""
+        return self.processor.outline(record, **self._fit, decode_media=decode_media)
 
     def encode(self, record: Record, changes: Changes | None = None) -> Sample:
         """A record as the model takes it, its media decoded, and changed; raises BadRecord."""

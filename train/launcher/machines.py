@@ -76,13 +76,24 @@ class Machines:
 
     def _talk(self) -> None:
         try:
-            store = TCPStore(
-                self.address, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_JOIN_S)
-            )
+            store = self._joined(is_master=False)
+            if self.machine == 0:  # torch's server runs in this process, and would go with its agent
+                store = self._joined(is_master=True)
             self._keep_talking(store)
             self._take_leave(store)
         except RuntimeError:  # the store went with machine 0
             self._end(self._gone(0))
+
+    def _joined(self, *, is_master: bool) -> TCPStore:
+        """The store; is_master: share in its server, which must run in this process, and keep that alive."""
+        return TCPStore(
+            self.address,
+            self.port,
+            is_master=is_master,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=_JOIN_S),
+            multi_tenant=True,
+        )
 
     def _keep_talking(self, store: TCPStore) -> None:
         heard: dict[int, tuple[bytes, float]] = {}

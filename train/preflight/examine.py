@@ -70,7 +70,7 @@ class Examined:
 def examine(
     records: RecordSet, cache: LengthCache | None, on_records: Callable[[int], None] = lambda count: None
 ) -> Examined:
-    """Read and decode every record, as training does.
+    """Read every record and decode its media, as training does; what the towers read of them is not computed.
 
     cache: where the facts are kept; what it knows is not looked at again, unless its media have changed.
     """
@@ -131,18 +131,18 @@ def _part(
 def _look_at(records: RecordSet, record: Record) -> _Row:
     """The facts of a record, and its media as they were."""
     stamps = stamps_of(record)
-    sample = records.encode(record)
-    places = {kind: len(sample.media[kind].places) if kind in sample.media else 0 for kind in KINDS}
-    learned = int((sample.loss_weights > 0).sum())
+    outline = records.outline_of(record, decode_media=True)
+    places = {kind: sum(len(held.places) for held in outline.media if held.kind == kind) for kind in KINDS}
+    learned = sum(weight > 0 for weight in outline.weights)
     media = [part for turn in record.turns for part in turn.parts if part.kind != "text"]
     clips = [clip_header(part.content) for part in media if part.kind == "audio"]
     facts = Facts(
         type=record.type,
         learned=learned,
-        text=len(sample.input_ids) - learned - sum(places.values()),
+        text=len(outline.input_ids) - learned - sum(places.values()),
         image=places["image"],
         audio=places["audio"],
-        units=tuple(len(sample.media[kind].values) if kind in sample.media else 0 for kind in KINDS),
+        units=tuple(sum(held.units for held in outline.media if held.kind == kind) for kind in KINDS),
         digest=_digest(record),
         images=tuple(picture_size(file_of(part.content)) for part in media if part.kind == "image"),
         clips=tuple((header.seconds or 0.0, header.rate) for header in clips),

@@ -165,5 +165,6 @@ def as_text(options: Options, measured: Measured, memory: GpuMemory, work: Work,
 
 def work_text(work: Work) -> str:
     """Steps, work and time, for a terminal."""
-    said = f"work: {work.steps:,} steps, {work.tokens:,} tokens, {work.flops:.3g} FLOPs; {work.hours:.3g} hours"
+    time = f"{work.hours:.3g} hours" if work.hours >= 0.1 else f"{3600 * work.hours:.3g} seconds"
+    said = f"work: {work.steps:,} steps, {work.tokens:,} tokens, {work.flops:.3g} FLOPs; {time}"
     return said + (f", {work.source}" if work.mfu is None else f" at an MFU of {100 * work.mfu:.3g} % ({work.source})")

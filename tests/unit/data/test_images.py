@@ -189,6 +189,21 @@ def test_webp_may_have_half_as_many_pixels():
         picture_size(encoded(Image.new("L", (8192, 4097)), "WEBP", quality=0, method=0))
 
 
+def test_a_header_is_read_again_when_the_file_has_changed(tmp_path, monkeypatch):
+    file = tmp_path / "picture.png"
+    with pytest.raises(BadRecord, match="No such file"):
+        picture_size(str(file))
+    file.write_bytes(encoded(Image.new("RGB", (80, 40)), "PNG"))
+    opened = []
+    monkeypatch.setattr(
+        Image, "open", lambda *given, really=Image.open, **named: opened.append(1) or really(*given, **named)
+    )
+    assert [picture_size(str(file)) for _ in range(3)] == [(80, 40)] * 3
+    assert len(opened) == 1
+    file.write_bytes(encoded(Image.new("RGB", (8, 400)), "PNG"))
+    assert picture_size(str(file)) == (8, 400)
+
+
 def test_the_tile_of_a_tiff_is_bounded():
     """A decoder holds all of it, whatever the picture's size."""
     tags = {256: 100, 257: 100, 258: 8, 259: 5, 262: 1, 277: 1, 322: 65_536, 323: 65_536, 324: 0, 325: 0}

@@ -15,14 +15,14 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ra
 from train.data.audio import SAMPLE_RATE, name_of
 from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
-from train.data.images import load_picture, picture_size
+from train.data.images import picture_size
 from train.errors import BadRecord, CheckpointError
 from train.families.family import read_json
 from train.families.gemma4.config import MEL_BINS
 from train.families.gemma4.geometry import FRAME, HOP, LONGEST, clip_places, mel_frames
 from train.families.gemma4.template import GEMMA4_TEMPLATE
 from train.model_settings import count_faults, fixed_faults, refuse
-from train.schema import Changes, file_of
+from train.schema import file_of
 
 IMAGE = ("<|image>", "<|image|>", "<image|>")
 AUDIO = ("<|audio>", "<|audio|>", "<audio|>")
@@ -172,12 +172,13 @@ class Gemma4Processor(RecordProcessor):
     def _seconds(self, medium: Medium) -> float | None:
         return medium.size / SAMPLE_RATE if medium.kind == "audio" else None
 
-    def _decoded(self, medium: Medium, changes: Changes | None) -> tuple[Tensor, Tensor]:
+    @property
+    def _longest_clip(self) -> int:
+        return LONGEST
+
+    def _features(self, medium: Medium, decoded: Any) -> tuple[Tensor, Tensor]:
         """Of an image uint8 (U, 3·patch²) and (1, 2); of a clip float32 (U, B) and (1,)."""
         if medium.kind == "image":
-            picture = load_picture(file_of(medium.source))
-            return self.images.patches(changes.picture(picture) if changes else picture)
-        clip = self._heard(medium.source, medium.size, changes, is_cut=medium.size == LONGEST)
-        features = self.feature_extractor([clip], pad_to_multiple_of=None, return_tensors="np")["input_features"]
-        mel = torch.from_numpy(features[0])
-        return changes.mel(mel) if changes else mel, torch.tensor([len(mel)])
+            return self.images.patches(decoded)
+        features = self.feature_extractor([decoded], pad_to_multiple_of=None, return_tensors="np")["input_features"]
+        return torch.from_numpy(features[0]), torch.tensor([len(features[0])])

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from train.data.audio import SAMPLE_RATE, log_mel, name_of
 from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
-from train.data.images import load_picture, picture_size, to_rgb
+from train.data.images import picture_size, to_rgb
 from train.data.windows import window_cuts
 from train.errors import BadRecord, CheckpointError
 from train.families.megrezo.geometry import HOP, PictureLayout, audio_places, mel_frames, pool_factor
@@ -316,15 +316,16 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
     def _seconds(self, medium: Medium) -> float | None:
         return medium.size / SAMPLE_RATE if medium.kind == "audio" else None
 
-    def _decoded(self, medium: Medium, changes: Changes | None) -> tuple[Tensor, Tensor]:
+    @property
+    def _longest_clip(self) -> int:
+        return self.feature_extractor.n_samples
+
+    def _features(self, medium: Medium, decoded: Any) -> tuple[Tensor, Tensor]:
         """Of a picture uint8 (P, 3·patch²) and (S, 2); of a clip float32 (F, B) and (1,)."""
         if medium.kind == "image":
-            picture = load_picture(file_of(medium.source))
-            return slices_of(changes.picture(picture) if changes else picture, self.image_processor.slice_settings)
-        samples, extractor = medium.size, self.feature_extractor
-        decoded = self._heard(medium.source, samples, changes, is_cut=samples == extractor.n_samples)
-        mel = log_mel(decoded, extractor, mel_frames(samples))
-        return changes.mel(mel) if changes else mel, torch.tensor([len(mel)])
+            return slices_of(decoded, self.image_processor.slice_settings)
+        mel = log_mel(decoded, self.feature_extractor, mel_frames(medium.size))
+        return mel, torch.tensor([len(mel)])
 
 
 def _check_settings_match(folder: str | Path, pictures: dict[str, Any], model: dict[str, Any]) -> None:

@@ -14,13 +14,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from train.data.audio import SAMPLE_RATE, log_mel, name_of
 from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
-from train.data.images import load_picture, picture_size
+from train.data.images import picture_size
 from train.errors import BadRecord, CheckpointError
 from train.families.family import read_json
 from train.families.qwen_omni.geometry import HOP, clip_places, mel_frames, picture_pixels, positions
 from train.families.qwen_omni.template import QWEN_OMNI_TEMPLATE
 from train.model_settings import count_faults, fixed_faults, refuse
-from train.schema import Changes, file_of
+from train.schema import file_of
 
 IMAGE = ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>")
 AUDIO = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
@@ -143,14 +143,12 @@ class QwenOmniProcessor(RecordProcessor):
         """Patches of a picture, mel frames of a clip."""
         return medium.size[0] * medium.size[1] if medium.kind == "image" else mel_frames(medium.size)
 
-    def _decoded(self, medium: Medium, changes: Changes | None) -> tuple[Tensor, Tensor]:
+    def _features(self, medium: Medium, decoded: Any) -> tuple[Tensor, Tensor]:
         """Of a picture uint8 (U, 3·patch²) and (1, 2); of a clip float32 (U, B) and (1,)."""
         if medium.kind == "image":
-            picture = load_picture(file_of(medium.source))
-            return self.pictures.patches(changes.picture(picture) if changes else picture)
-        frames = mel_frames(medium.size)
-        mel = log_mel(self._heard(medium.source, medium.size, changes), self.feature_extractor, frames)
-        return changes.mel(mel) if changes else mel, torch.tensor([frames])
+            return self.pictures.patches(decoded)
+        mel = log_mel(decoded, self.feature_extractor, mel_frames(medium.size))
+        return mel, torch.tensor([len(mel)])
 
     def _positions(self, tokens: Tokens) -> Tensor:
         """int64 (3, T): time, row and column."""

@@ -1,14 +1,16 @@
 """The processor: an image is one token, which holds the colour of its middle."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from train.data.chat_template import ChatTemplate, RoleForm, Segment, Special
 from train.data.encoding import Medium, Tokens
-from train.data.images import load_picture, picture_size
+from train.data.images import picture_size
 from train.data.text import TextProcessor
-from train.schema import Changes, file_of
+from train.schema import file_of
 
 
 class FourthProcessor(TextProcessor):
@@ -28,8 +30,7 @@ class FourthProcessor(TextProcessor):
     def _units(self, medium: Medium) -> int:
         return 1
 
-    def _decoded(self, medium: Medium, changes: Changes | None) -> tuple[Tensor, Tensor]:
+    def _features(self, medium: Medium, decoded: Any) -> tuple[Tensor, Tensor]:
         width, height = medium.size
-        picture = load_picture(file_of(medium.source))
-        colour = (changes.picture(picture) if changes else picture).getpixel((width // 2, height // 2))
+        colour = decoded.getpixel((width // 2, height // 2))
         return torch.tensor([colour]) / 255, torch.tensor([1])

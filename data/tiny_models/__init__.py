@@ -1,0 +1,1 @@
+"""The folders of the tiny models, a module for each architecture."""
