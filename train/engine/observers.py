@@ -3,7 +3,9 @@
 import json
 import logging
 import math
+import re
 import resource
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +16,8 @@ from train.engine.evaluator import Evaluation
 from train.engine.terminal import progress_bar
 
 log = logging.getLogger(__name__)
+
+_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,15 @@ def peak_memory_gib() -> float:
     """Most memory held so far: on the device with CUDA, else by the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return _peak_resident_kib() / 2**20
+
+
+def _peak_resident_kib() -> int:
+    """Linux's own mark of the process: what getrusage says starts at the memory of the process that launched it."""
+    with suppress(OSError):
+        if found := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE):
+            return int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class MetricsFile:

@@ -1,10 +1,13 @@
 """metrics.jsonl."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.runs import ROOT
 from train.engine.evaluator import Evaluation
 from train.engine.observers import MetricsFile, StepReport
 
@@ -26,6 +29,19 @@ def report(step: int, loss: float = 2.0) -> StepReport:
 
 def evaluation(values: dict[str, float]) -> Evaluation:
     return Evaluation(values, by_type={}, overall={}, predictions=[], bad=[])
+
+
+def test_the_peak_is_that_of_the_process_and_not_of_its_launcher() -> None:
+    launched = "from train.engine.observers import peak_memory_gib; print(peak_memory_gib())"
+    launcher = """
+import subprocess, sys
+held = bytearray(b"1") * 2**31
+print(subprocess.run([sys.executable, "-c", sys.argv[1]], check=True, capture_output=True, text=True).stdout)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", launcher, launched], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert 0.05 < float(done.stdout) < 1.5  # the imports alone; the launcher holds 2 GiB
 
 
 def test_a_line_a_step(tmp_path: Path) -> None:
