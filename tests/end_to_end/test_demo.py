@@ -70,10 +70,12 @@ class Page:
         self.box.press("Enter")
 
     def _attach(self, files: tuple[Path, ...]) -> None:
-        """Upload files; once more where the box, which is cleared after each answer, was cleared of them too."""
+        """Choose files; once more where the box, which is cleared after each answer, was cleared of them too."""
         shown = playwright.expect(self.page.locator(".thumbnails .thumbnail-item"))
         for attempts_left in (2, 1, 0):
-            self.page.get_by_test_id("file-upload").first.set_input_files(files)
+            with self.page.expect_file_chooser() as chooser:
+                self.page.get_by_test_id("upload-button").click()
+            chooser.value.set_files(files)
             try:
                 shown.to_have_count(len(files), timeout=30_000)
                 return
