@@ -56,6 +56,7 @@ from train.report.verdict import State
 from train.run_folder import RunFolder
 from train.schema import Batch
 from train.sources import load_processor, make_augmenter
+from train.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -320,9 +321,9 @@ def _describe(options: Options, accelerator: Accelerator, model: nn.Module, plan
         return
     if options.run.max_steps and steps < options.run.max_steps:
         log.warning(
-            "run.max_steps is %d, and the run ends after %d steps: that is all of run.epochs=%d; raise run.epochs",
+            "run.max_steps is %d, and the run ends after %s: that is all of run.epochs=%d; raise run.epochs",
             options.run.max_steps,
-            steps,
+            counted(steps, "step"),
             options.run.epochs,
         )
     sizes = {parameter: size_of(parameter) for parameter in model.parameters()}
@@ -331,14 +332,14 @@ def _describe(options: Options, accelerator: Accelerator, model: nn.Module, plan
     packs = plan.epoch(0)
     fill = sum(plan.measured.lengths[pack, 0].sum() for pack in packs) / (len(packs) * plan.limits.tokens)
     log.info(
-        "%s of %s parameters are trained (%s); %d packs an epoch, %.1f %% full; %d steps; engine %s, %d rank(s) on %s",
+        "%s of %s parameters are trained (%s); %s an epoch, %.1f %% full; %s; engine %s, %s on %s",
         f"{learning:,}",
         f"{total:,}",
         ", ".join(tuned_modules(options)),
-        len(packs),
+        counted(len(packs), "pack"),
         100 * fill,
-        steps,
+        counted(steps, "step"),
         options.engine.name,
-        accelerator.num_processes,
+        counted(accelerator.num_processes, "rank"),
         accelerator.device,
     )

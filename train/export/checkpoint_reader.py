@@ -27,6 +27,7 @@ from torch import Tensor
 
 from train.errors import CheckpointError
 from train.run_folder import RunFolder
+from train.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def _misfit(folder: Path, files: Mapping[str, object]) -> str | None:
     if unlisted := sorted((expected | _rank_files(folder)) - files.keys(), reverse=True):
         return f"{MANIFEST} does not list {unlisted[0]}"
     if foreign := sorted(files.keys() - expected):
-        return f"{MANIFEST} lists '{foreign[0]}', which is no part of a checkpoint of {len(ranks)} rank(s)"
+        return f"{MANIFEST} lists '{foreign[0]}', which is no part of a checkpoint of {counted(len(ranks), 'rank')}"
     if step_of(folder) not in (None, step):
         return f"its {STATE} is of step {step}"
     return None

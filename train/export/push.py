@@ -16,6 +16,7 @@ from train.config import Options
 from train.errors import OmniTuneError
 from train.export.base_folder import REPORT
 from train.run_folder import RunFolder
+from train.wording import counted
 
 _PRIVATE = (
     *("model.path", "model.random_from", "run.dir", "run.resume", "run.name"),
@@ -78,12 +79,13 @@ def model_card(options: Options, base: Path, run: RunFolder, export: Path, sourc
     licence = about.get("license_name") or about.get("license")
     made = json.loads((export / REPORT).read_text(encoding="utf-8"))
     start = f"`{name}`" if name else "random weights"
+    steps = counted(made["step"], "step")
     data = [(one.name, "-" if one.records is None else one.records, _USE[one.held_out]) for one in sources]
     options_rows = [(f"`{key}`", f"`{value}`") for key, value in _changed(options)]
     parts = [
         "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---",
         f"# {name.rpartition('/')[2] or 'A model'}, {options.run.name}",
-        f"Trained with OmniTune from {start}: {made['step']} steps ({made['mode']}), stored as {made['dtype']}.",
+        f"Trained with OmniTune from {start}: {steps} ({made['mode']}), stored as {made['dtype']}.",
         (f"**Licence of the base:** {licence}." if licence else _UNKNOWN_LICENCE) if name else "",
         f"## Data\n\n{_table(('source', 'records', 'use'), data)}",
         _metrics(run.metrics, made["step"]),

@@ -75,11 +75,23 @@ def serve(blocks: gr.Blocks, *, host: str, port: int | None, share: bool) -> Non
     """Show the page until Ctrl-C; OmniTuneError if the port is taken."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        blocks.launch(server_name=host, server_port=port, share=share, ssr_mode=False, footer_links=[])
+        _, here, public = blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            ssr_mode=False,
+            footer_links=[],
+            quiet=True,
+            prevent_thread_lock=True,
+        )
     except OSError as error:
         raise OmniTuneError(
             f"the page cannot be served on {host}, port {port} ({error}); choose another port"
         ) from None
+    print(f"the page is at {here}; Ctrl-C ends it")
+    if share:
+        print(f"its public link is {public}" if public else "Gradio's servers gave no public link")
+    blocks.block_thread()
 
 
 def said(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

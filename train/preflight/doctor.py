@@ -20,6 +20,7 @@ from train.preflight.examine import Examined, Facts, examine
 from train.preflight.folder_check import check_model_folder
 from train.preflight.machine import look_at_machine
 from train.preflight.prepare import Prepared, prepare
+from train.wording import counted
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _DUPLICATES = 50
@@ -157,9 +158,9 @@ def _find_duplicates(prepared: Prepared, found: dict[str, Examined], report: Rep
     report.duplicates = [[prepared.sets[name].name_of(index) for name, index in group] for group in groups]
     if groups:
         copies = sum(map(len, groups)) - len(groups)
-        report.notes.append(f"{copies} records are copies of others, text and media alike")
+        report.notes.append(f"copies of other records, text and media alike: {copies}")
     if report.leaked:
-        report.notes.append(f"{report.leaked} held-out records are among those to train on; take them out of either")
+        report.notes.append(f"held-out records that are also trained on: {report.leaked}; take them out of either")
 
 
 def as_text(report: Report) -> str:
@@ -167,7 +168,7 @@ def as_text(report: Report) -> str:
     lines = []
     for source in report.sources:
         shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in source["shares"].items())
-        lines.append(f"{source['option']} {source['name']} ({source['path']}): {source['records']} records")
+        lines.append(f"{source['option']} {source['name']} ({source['path']}): {counted(source['records'], 'record')}")
         lines.append(
             f"  {source['bad']} cannot be used; {source['tokens']:,} tokens: {shares}; at 5 | 50 | 95 % of records:"
         )
@@ -191,13 +192,13 @@ def as_text(report: Report) -> str:
 
 def _row(about: dict[str, Any]) -> str:
     tokens, seconds = about["tokens_percentiles"], about["seconds_percentiles"]
-    said = f"{about['usable']:7} records"
+    said = f"{counted(about['usable'], 'record'):>15}"
     if tokens:
         said += f", tokens {tokens['p5']:.0f} | {tokens['p50']:.0f} | {tokens['p95']:.0f}"
     if about["images"]:
-        said += f", {about['images']} images"
+        said += f", {counted(about['images'], 'image')}"
     if seconds:
-        said += f", {about['clips']} clips, {about['hours']:g} h, {seconds['p50']:g} s median"
+        said += f", {counted(about['clips'], 'clip')}, {about['hours']:g} h, {seconds['p50']:g} s median"
     return said
 
 

@@ -101,9 +101,9 @@ def choices(
     batches = {own.limits: heaviest_batch(plan, records)}
     if (halved := _halved(own.limits, plan)) != own.limits:
         flops = flops_of(options, family, folder)
-        batches[halved] = heaviest_batch(
-            make_plan(_with_limits(halved, options), flops, records, plan.measured), records
-        )
+        smaller = heaviest_batch(make_plan(_with_limits(halved, options), flops, records, plan.measured), records)
+        if _row(smaller) != _row(batches[own.limits]):  # packs may be no larger than half of the limits anyway
+            batches[halved] = smaller
     measured: dict[Way, Measured] = {}
     work = {lora: _work(options, family, folder, batches[own.limits], lora) for lora in _loras(options, family)}
     made = []
@@ -155,8 +155,12 @@ def _work(options: Options, family: Family, folder: Path, batch: Batch, lora: st
     """Floating-point operations of a pack."""
     own = Way.of(options)
     changed = Way(lora, own.engine, own.checkpointing, own.optimizer, own.limits).applied(options)
-    row = np.array([[len(batch.input_ids), *(batch.units(kind) for kind in KINDS)]])
-    return float(flops_of(changed, family, folder).of(row)[0])
+    return float(flops_of(changed, family, folder).of(np.array([_row(batch)]))[0])
+
+
+def _row(batch: Batch) -> list[int]:
+    """Its lengths: tokens, then units of each medium."""
+    return [len(batch.input_ids), *(batch.units(kind) for kind in KINDS)]
 
 
 def _halved(limits: tuple[int, ...], plan: StepPlan) -> tuple[int, ...]:

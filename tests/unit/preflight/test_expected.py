@@ -1,5 +1,7 @@
 """What is said where memory runs out, and which settings are named."""
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,16 @@ def test_the_table_has_every_choice_once(prepared, found: list[Choice]) -> None:
 def test_halved_limits_leave_no_record_out(prepared, found: list[Choice]) -> None:
     longest = prepared.measured["data.train"][0].lengths.max(axis=0)
     assert all((longest <= choice.way.limits).all() for choice in found)
+
+
+def test_limits_that_no_pack_reaches_are_not_halved(prepared) -> None:
+    """Half of what the whole set needs twice over makes the same packs."""
+    options = deepcopy(prepared.options)
+    options.data.max_tokens, options.data.max_patches, options.data.max_frames = 2**20, 2**20, 2**20
+    roomy = replace(prepared, options=options)
+    plan, records = roomy.plan(), roomy.sets["data.train"]
+    found = choices(options, roomy.family, roomy.folder, plan, records, gpus=1)
+    assert {choice.way.limits for choice in found} == {(2**20,) * 3}
 
 
 def test_an_error_of_memory_says_what_to_change(prepared) -> None:
