@@ -102,10 +102,12 @@ class Trainer:
         """Go on from a checkpoint, of this engine and number of ranks or of others."""
         state = read_state(checkpoint)
         if state["plan"] != self.plan_digest:
+            run = checkpoint.parent.parent
             raise CheckpointError(
                 f"'{checkpoint}' was made with other data, or with another data.*, run.seed or run.packs_per_step, so "
                 "its place in the order of records is not known; put them back, or start anew in another run.dir "
-                f"from the run's export, with model.path={checkpoint.parent.parent / 'export'}"
+                f"from the run's export, with model.path={run / 'export'} (where there is none, "
+                f"`omnitune export {run}` makes it)"
             )
         with saved_state(checkpoint) as saved:
             self.trained.load(saved, state, state["position"]["updates"])
