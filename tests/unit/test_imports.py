@@ -12,12 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted([*(ROOT / "train").rglob("*.py"), *(ROOT / "omnitune").rglob("*.py")])
 
-BASE = {"train.schema", "train.errors", "train.announce", "train.model_settings", "train.run_folder"}
+BASE = {"train.schema", "train.errors", "train.announce", "train.wording", "train.model_settings", "train.run_folder"}
 OURS = {
     "omnitune": {"train.auto", "train.errors", "train.inference.chat", "train.commands.main"},
     "train.schema": set(),
     "train.errors": set(),
     "train.announce": set(),
+    "train.wording": set(),
     "train.model_settings": {"train.errors"},
     "train.run_folder": {"train.errors"},
     "train.config": {"train.errors"},
