@@ -24,10 +24,10 @@ from train.schema import Batch
 
 
 def text_pack(config: MegrezOConfig, seed: int) -> Batch:
-    """A full pack of the workload's records that have neither picture nor recording."""
+    """A full pack of the workload's records that have neither image nor recording."""
     options, workload = DataOptions(), draw(DRAWN, seed)
     limits = Limits(options.max_tokens, {"image": options.max_patches, "audio": options.max_frames})
-    texts = np.flatnonzero((workload.picture < 0) & (workload.hundredths == 0))
+    texts = np.flatnonzero((workload.image < 0) & (workload.hundredths == 0))
     pack = plan_epoch(workload.lengths(), [texts], [1.0], limits, seed=seed, epoch=0)[0]
     bins = config.audio_arguments()["n_mels"]
     samples = [workload.sample(record, vocabulary=config.vocab_size, mel_bins=bins) for record in pack]

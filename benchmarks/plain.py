@@ -28,7 +28,7 @@ class Savings:
     """What is not wasted: rows without padding, slices and clips without padding, the head only where it is asked."""
 
     packing: bool = False
-    pictures: bool = False
+    images: bool = False
     clips: bool = False
     head: bool = False
 
@@ -40,7 +40,7 @@ def loss_sum(model: MegrezO, batch: Batch, savings: Savings) -> Tensor:
     embeddings = model.get_input_embeddings()(batch.input_ids)
     if "image" in batch.media:
         media = (batch.media["image"].values, batch.media["image"].sizes)
-        seen = model.vision(*media) if savings.pictures else see_padded(model, *media)
+        seen = model.vision(*media) if savings.images else see_padded(model, *media)
         embeddings = embeddings.index_copy(0, batch.media["image"].places, seen)
     if "audio" in batch.media:
         clips = (batch.media["audio"].values, batch.media["audio"].sizes)

@@ -38,7 +38,7 @@ TINY = ROOT / "data" / "tiny"
 STEPS = 3
 KILLED_AFTER = 1
 
-PICTURES = ((1480, 720), (1024, 768), (640, 480))
+IMAGES = ((1480, 720), (1024, 768), (640, 480))
 """(width, height) in pixels"""
 CLIP_S = (30.0, 11.0, 4.0)
 
@@ -160,7 +160,7 @@ def write_records(folder: Path) -> Path:
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     records = []
-    for number, ((width, height), seconds) in enumerate(zip(PICTURES, CLIP_S, strict=True)):
+    for number, ((width, height), seconds) in enumerate(zip(IMAGES, CLIP_S, strict=True)):
         image, clip = f"{number}.jpg", f"{number}.wav"
         Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / image)
         soundfile.write(folder / clip, random.normal(0, 0.1, int(seconds * SAMPLE_RATE)), SAMPLE_RATE)
@@ -304,9 +304,9 @@ def _last_step(metrics: Path) -> int:
 
 def ask(table: Table, export: Path, records: Path, log: Path) -> None:
     """One answer by `omnitune chat`."""
-    picture = records.parent / "2.jpg"
+    image = records.parent / "2.jpg"
     table.begin()
-    chat = [sys.executable, "-m", "train.commands.main", "chat", str(export), "--image", str(picture)]
+    chat = [sys.executable, "-m", "train.commands.main", "chat", str(export), "--image", str(image)]
     asked = Watched([*chat, "--max-new-tokens", "8", "What is this?"], log)
     asked.finish()
     table.add("omnitune chat: an image and 8 tokens of an answer", asked.peak())

@@ -2,7 +2,7 @@
 
     python benchmarks/senses.py outputs/full/<run>/export
 
-With the pictures blanked (all grey) or the recordings silenced, the figures of the records that need
+With the images blanked (all grey) or the recordings silenced, the figures of the records that need
 them must fall to what can be guessed from the rest.
 """
 
@@ -24,7 +24,7 @@ SILENCE = -1.5
 
 
 def blank(sample: Sample) -> None:
-    """Make every picture grey."""
+    """Make every image grey."""
     if "image" in sample.media:
         sample.media["image"].values.fill_(GREY)
 
@@ -37,7 +37,7 @@ def silence(sample: Sample) -> None:
 
 CONDITIONS: dict[str, Callable[[Sample], None]] = {
     "as it is": lambda sample: None,
-    "pictures blanked": blank,
+    "images blanked": blank,
     "recordings silenced": silence,
 }
 

@@ -33,7 +33,7 @@ from train.schema import Batch, Kind
 WAYS = {
     "plain": Savings(),
     "packing alone": Savings(packing=True),
-    "unpadded pictures alone": Savings(pictures=True),
+    "unpadded images alone": Savings(images=True),
     "unpadded clips alone": Savings(clips=True),
     "head where supervised alone": Savings(head=True),
     "all": Savings(True, True, True, True),
@@ -122,7 +122,7 @@ def take_gradient_norm(model: MegrezO) -> float:
     return norm
 
 
-_SAVED: dict[Kind, str] = {"image": "pictures", "audio": "clips"}
+_SAVED: dict[Kind, str] = {"image": "images", "audio": "clips"}
 """The saving that leaves a kind's padding out."""
 
 

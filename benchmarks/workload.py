@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from train.families.megrezo.geometry import HOP, audio_places, mel_frames, picture_layout
+from train.families.megrezo.geometry import HOP, audio_places, image_layout, mel_frames
 from train.schema import IGNORE_INDEX, Kind, Media, Sample
 
 SHARES = {"caption": 0.4, "speech": 0.3, "text": 0.2, "spoken_picture": 0.1}
-"""Records of each kind: a picture and text; a recording and its words; text alone; a picture and a recording."""
+"""Records of each kind: an image and text; a recording and its words; text alone; an image and a recording."""
 
-PICTURES = {
+IMAGES = {
     (300, 225): 0.20,
     (400, 300): 0.18,
     (336, 336): 0.12,
@@ -27,11 +27,11 @@ PICTURES = {
     (1920, 1080): 0.02,
     (1240, 1754): 0.01,
 }
-"""Width and height in pixels, and how common: captioned pictures of the web, which collections keep at a few hundred
+"""Width and height in pixels, and how common: captioned images of the web, which collections keep at a few hundred
 pixels, then photographs, and a few screens and scans."""
 
 SCALE, PATCH, MAX_SLICES, QUERIES = 448, 14, 9, 64
-"""The published picture settings."""
+"""The published image settings."""
 
 CLIP_SECONDS = {"speech": (11.0, 0.6), "spoken_picture": (4.0, 0.5)}
 """Median and log-deviation of a recording: sentences read from books, and spoken questions."""
@@ -64,29 +64,29 @@ _MARKER = 2
 class Workload:
     """Sizes of N records, an entry each.
 
-    kind: index in SHARES; prompt, answer: tokens; picture: index in PICTURES, -1 for none;
+    kind: index in SHARES; prompt, answer: tokens; image: index in IMAGES, -1 for none;
     hundredths: of a second that the recording lasts, 0 for none.
     """
 
     kind: np.ndarray
     prompt: np.ndarray
     answer: np.ndarray
-    picture: np.ndarray
+    image: np.ndarray
     hundredths: np.ndarray
 
     def lengths(self) -> np.ndarray:
         """Tokens, patches and mel frames of each record: int32 (N, 3)."""
-        slices = np.array([layout.slices for layout in _LAYOUTS] + [0])[self.picture]
-        patches = np.array([layout.patches(PATCH) for layout in _LAYOUTS] + [0])[self.picture]
-        picture_tokens = slices * (QUERIES + _ENDS) + np.where(slices > 0, _IMAGE_ID, 0)
-        tokens = TEMPLATE + self.prompt + self.answer + picture_tokens + _CLIP_TOKENS[self.hundredths]
+        slices = np.array([layout.slices for layout in _LAYOUTS] + [0])[self.image]
+        patches = np.array([layout.patches(PATCH) for layout in _LAYOUTS] + [0])[self.image]
+        image_tokens = slices * (QUERIES + _ENDS) + np.where(slices > 0, _IMAGE_ID, 0)
+        tokens = TEMPLATE + self.prompt + self.answer + image_tokens + _CLIP_TOKENS[self.hundredths]
         return np.stack([tokens, patches, _CLIP_FRAMES[self.hundredths]], axis=1).astype(np.int32)
 
     def sample(self, record: int, *, vocabulary: int, mel_bins: int, seed: int = 0) -> Sample:
-        """A record of noise: the picture, the recording, the prompt, and the answer that is learned."""
+        """A record of noise: the image, the recording, the prompt, and the answer that is learned."""
         random = torch.Generator().manual_seed(seed * 1_000_003 + record)
         tokens, patches, frames = (int(x) for x in self.lengths_of(record))
-        slices = _slices(int(self.picture[record]))
+        slices = _slices(int(self.image[record]))
         first = _IMAGE_ID + 1
         image_places = [torch.arange(QUERIES) + first + number * (QUERIES + _ENDS) for number in range(len(slices))]
         before_clip = len(slices) * (QUERIES + _ENDS) + (_IMAGE_ID if slices else 0)
@@ -111,7 +111,7 @@ class Workload:
     def lengths_of(self, record: int) -> np.ndarray:
         """Tokens, patches and mel frames of one record: int32 (3,)."""
         one = slice(record, record + 1)
-        fields = (self.kind, self.prompt, self.answer, self.picture, self.hundredths)
+        fields = (self.kind, self.prompt, self.answer, self.image, self.hundredths)
         return Workload(*(field[one] for field in fields)).lengths()[0]
 
 
@@ -132,8 +132,8 @@ def draw(count: int, seed: int = 0) -> Workload:
         else:
             answer[rows] = _text_tokens(TOKENS_PER_SECOND * hundredths[rows] / 100)
     sees = np.isin(kind, [names.index("caption"), names.index("spoken_picture")])
-    picture = np.where(sees, rng.choice(len(PICTURES), size=count, p=list(PICTURES.values())), -1)
-    return Workload(kind, prompt, answer, picture, hundredths)
+    image = np.where(sees, rng.choice(len(IMAGES), size=count, p=list(IMAGES.values())), -1)
+    return Workload(kind, prompt, answer, image, hundredths)
 
 
 def _lognormal(rng: np.random.Generator, median_and_deviation: tuple[float, float], count: int) -> np.ndarray:
@@ -145,16 +145,16 @@ def _text_tokens(tokens: np.ndarray) -> np.ndarray:
     return np.clip(np.round(tokens), 1, LONGEST_TEXT).astype(np.int64)
 
 
-def _slices(picture: int) -> list[tuple[int, int]]:
-    """Height and width in patches of a picture's thumbnail and cells."""
-    if picture < 0:
+def _slices(image: int) -> list[tuple[int, int]]:
+    """Height and width in patches of an image's thumbnail and cells."""
+    if image < 0:
         return []
-    layout = _LAYOUTS[picture]
+    layout = _LAYOUTS[image]
     sizes = [layout.thumbnail] + [layout.cell] * (layout.slices - 1)
     return [(height // PATCH, width // PATCH) for width, height in sizes]
 
 
-_LAYOUTS = [picture_layout(*size, scale=SCALE, patch=PATCH, max_slices=MAX_SLICES) for size in PICTURES]
+_LAYOUTS = [image_layout(*size, scale=SCALE, patch=PATCH, max_slices=MAX_SLICES) for size in IMAGES]
 _SAMPLES = [hundredth * HOP for hundredth in range(round(100 * LONGEST) + 1)]
 _CLIP_TOKENS = np.array([places + _ENDS if (places := audio_places(samples)) else 0 for samples in _SAMPLES])
 _CLIP_FRAMES = np.array([mel_frames(samples) for samples in _SAMPLES])

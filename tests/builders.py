@@ -70,7 +70,7 @@ def make_sample(
     learned: int = 4,
     seed: int = 0,
 ) -> Sample:
-    """A random sample: pictures, then recordings, each between two marker tokens, then text.
+    """A random sample: images, then recordings, each between two marker tokens, then text.
 
     Args:
         slices: (height, width) of each slice in patches.

@@ -135,7 +135,7 @@ class DataOptions:
     max_tokens: int = 4096
     """Tokens in a pack, media places included; no record may be longer (see `too_long`)."""
     max_patches: int = 32768
-    """Picture patches in a pack, which bounds the vision tower's memory."""
+    """Image patches in a pack, which bounds the vision tower's memory."""
     max_frames: int = 24000
     """Mel frames (10 ms each) in a pack, which bounds the audio tower's memory."""
     too_long: TooLong = TooLong.quarantine

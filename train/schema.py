@@ -4,7 +4,7 @@ Letters for tensor shapes, used everywhere:
 
     T  tokens          N  samples         M  supervised tokens
     U  units of media, the smallest pieces that a tower reads (a patch, a mel frame)
-    I  items of media, which see nothing of each other (a slice of a picture, a clip)
+    I  items of media, which see nothing of each other (a slice of an image, a clip)
     D  a width
 """
 
@@ -32,7 +32,7 @@ TooLong = Literal["quarantine", "cut_text"]
 """What becomes of a record that is too long: set aside, or its text shortened from the end."""
 
 MediaFile = str | bytes
-"""A picture or recording: the path of a file, or the encoded file itself."""
+"""An image or recording: the path of a file, or the encoded file itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +252,7 @@ class Changes(Protocol):
         """The log-mel frames of a clip, (frames, bins)."""
         ...
 
-    def picture(self, picture: "Image") -> "Image":
+    def image(self, image: "Image") -> "Image":
         """An RGB image of the same size."""
         ...
 

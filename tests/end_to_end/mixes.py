@@ -9,7 +9,7 @@ from train.config import MODULES, Engine
 
 ENGINES = [str(engine) for engine in Engine if engine is not Engine.none]
 KINDS = ("text", "typed_picture", "speech", "spoken_picture", "nothing")
-"""What a rank's pack holds: text alone, pictures, recordings, both; or no sample at all."""
+"""What a rank's pack holds: text alone, images, recordings, both; or no sample at all."""
 
 MIXES = [mix for mix in product(KINDS, KINDS) if mix != ("nothing", "nothing")]
 FREEZES = [flags for flags in product((False, True), repeat=len(MODULES)) if any(flags)]

@@ -50,8 +50,8 @@ def test_a_conversation(endless: Path, tmp_path: Path) -> None:
     assert "/image PATH" in terminal.read("> ")
     terminal.type("/image nowhere.png")
     terminal.read("error: there is no file 'nowhere.png'; nothing is attached\n> ")
-    broken = tmp_path / "broken picture.png"
-    broken.write_text("This is no picture.")
+    broken = tmp_path / "broken image.png"
+    broken.write_text("This is no image.")
     terminal.type(f"/image '{broken}'")
     terminal.read("> ")
     terminal.type("What is it?")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.end_to_end
 
 TOKENS = 60
 PATIENCE_MS = 120_000
-PICTURE = SAMPLE / "images/heldout/0001.png"
+IMAGE = SAMPLE / "images/heldout/0001.png"
 CLIP = SAMPLE / "audio/heldout/0001.opus"
 
 WATCH = """() => {
@@ -114,7 +114,7 @@ def page(browser: "playwright.Browser", address: str) -> Iterator[Page]:
 
 def test_a_conversation_with_media(page: Page) -> None:
     page.page.evaluate(WATCH)
-    page.ask("What color is the object?", PICTURE, CLIP)
+    page.ask("What color is the object?", IMAGE, CLIP)
     assert page.answered(1)
     assert len(set(page.page.evaluate("window.texts"))) > 3  # it came in pieces
     page.ask("And what shape is it?")
@@ -124,11 +124,11 @@ def test_a_conversation_with_media(page: Page) -> None:
 def test_a_broken_file_costs_its_question_alone(page: Page, tmp_path: Path) -> None:
     before = page.answers.count()
     broken = tmp_path / "broken.png"
-    broken.write_text("This is no picture.")
+    broken.write_text("This is no image.")
     page.ask("What is it?", broken)
     notice = page.answered(before + 1)
     assert "This cannot be answered" in notice
-    assert "image 'broken.png': it begins with b'This is no p', which is no intact JPEG" in notice
+    assert "image 'broken.png': it begins with b'This is no i', which is no intact JPEG" in notice
     page.ask("And now?")
     assert "cannot be answered" not in page.answered(before + 2)
 

@@ -113,7 +113,7 @@ def test_a_run_asked_to_stop_while_it_evaluates_stops_between_batches(
 
 
 def test_a_resume_over_changed_media_is_refused(tmp_path: Path) -> None:
-    """A picture is made larger in place: the packs would be others, and larger than `data.max_tokens`."""
+    """An image is made larger in place: the packs would be others, and larger than `data.max_tokens`."""
     Image.new("RGB", (112, 112)).save(tmp_path / "a.png")
     asked = {"role": "user", "content": {"text": "What is it?", "image": "a.png"}}
     lines = [{"conversations": [asked, {"role": "assistant", "content": f"Number {n}."}]} for n in range(12)]

@@ -128,11 +128,11 @@ except ValueError as error:
 def test_chat_needs_this_project_as_little(
     said: dict[str, Any], folders: dict[str, Path], plain: Callable, tmp_path: Path
 ) -> None:
-    picture, recording = SAMPLE / "images/heldout/0001.png", SAMPLE / "audio/heldout/0001.opus"
-    done = plain(tmp_path, "-c", CHAT, folders["full"] / "export", picture, recording)
+    image, recording = SAMPLE / "images/heldout/0001.png", SAMPLE / "audio/heldout/0001.opus"
+    done = plain(tmp_path, "-c", CHAT, folders["full"] / "export", image, recording)
     assert done.returncode == 0, done.stderr[-3000:]
     answer, refusal = done.stdout.splitlines()
-    content = {"text": "What color is the object?", "image": str(picture), "audio": str(recording)}
+    content = {"text": "What color is the object?", "image": str(image), "audio": str(recording)}
     here = AutoModelForCausalLM.from_pretrained(folders["full"] / "export").eval()
     assert answer == repr(here.chat([{"role": "user", "content": content}], max_new_tokens=4))
     assert "it has 8000 samples a second, and soxr, which would resample it, is not installed" in refusal

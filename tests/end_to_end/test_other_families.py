@@ -32,8 +32,8 @@ def test_its_export_is_evaluated_and_asked(run: Path, tmp_path: Path, capsys: py
     flags = ["--root", str(SAMPLE), "--max-new-tokens", "8", "--predictions", str(said)]
     main(["evaluate", str(run), str(records), *flags])
     assert len(said.read_text().splitlines()) == 6
-    picture, clip = SAMPLE / "images/heldout/0001.png", SAMPLE / "audio/heldout/0001.opus"
-    asked = ["chat", str(export), "--image", str(picture), "--audio", str(clip), "What color is the object?"]
+    image, clip = SAMPLE / "images/heldout/0001.png", SAMPLE / "audio/heldout/0001.opus"
+    asked = ["chat", str(export), "--image", str(image), "--audio", str(clip), "What color is the object?"]
     capsys.readouterr()
     main([*asked, "--max-new-tokens", "8"])
     assert capsys.readouterr().out.strip()

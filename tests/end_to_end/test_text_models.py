@@ -87,7 +87,7 @@ def test_modules_that_are_absent_are_refused(given: str, said: str, tmp_path: Pa
     assert fault.startswith(f"{said} model has only llm")
 
 
-def test_a_record_with_a_picture_is_set_aside(tmp_path: Path) -> None:
+def test_a_record_with_an_image_is_set_aside(tmp_path: Path) -> None:
     data = write_records(tmp_path, train=20, held_out=20)
     run = build_here([*words("tiny_instruct", "none", "none", tmp_path / "run"), *data, "data.max_bad_fraction=1"])
     quarantined = [json.loads(line)["reason"] for line in (run.folder.quarantine).read_text().splitlines()]

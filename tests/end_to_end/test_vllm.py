@@ -47,7 +47,7 @@ TOLERANCE = 1e-4
 BLOCK = 32
 """Tokens of a block of the prefix cache in vllm_answers.py."""
 
-PICTURE = SAMPLE / "images" / "heldout" / "0001.png"
+IMAGE = SAMPLE / "images" / "heldout" / "0001.png"
 CLIP = SAMPLE / "audio" / "heldout" / "0001.opus"
 QUESTION = "What color is the object?"
 
@@ -84,7 +84,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def picture(height: int, width: int, *channels: int, depth: type = np.uint8) -> bytes:
+def image(height: int, width: int, *channels: int, depth: type = np.uint8) -> bytes:
     """A PNG of random pixels."""
     pixels = np.random.default_rng(height).integers(0, np.iinfo(depth).max, (height, width, *channels), dtype=depth)
     file = BytesIO()
@@ -115,7 +115,7 @@ def said(role: str, *parts: bytes | Path | str) -> dict[str, Any]:
 
 
 def in_openai_form(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of the sample as a request has it: pictures, recordings, text."""
+    """A message of the sample as a request has it: images, recordings, text."""
     content = message["content"]
     if isinstance(content, str):
         return message
@@ -129,10 +129,10 @@ def held_out() -> list[list[dict[str, Any]]]:
 
 
 def mixed() -> list[list[dict[str, Any]]]:
-    """Slices, several media of unequal size, the same picture again under another number, and media of other kinds."""
-    wide, small = picture(140, 330, 3), picture(120, 90, 3)
+    """Slices, several media of unequal size, the same image again under another number, and media of other kinds."""
+    wide, small = image(140, 330, 3), image(120, 90, 3)
     short, long = clip(0.31), clip(1.7, rate=24_000, channels=2)
-    transparent, deep = picture(50, 60, 4), picture(60, 50, depth=np.uint16)
+    transparent, deep = image(50, 60, 4), image(60, 50, depth=np.uint16)
     return [
         [said("user", wide, small, ") What is new?")],
         [said("user", small, wide, small, "\nWhich?")],
@@ -297,9 +297,9 @@ def chat(capsys: pytest.CaptureFixture[str], model: Path, *words: str | Path) ->
 def test_the_server_says_what_omnitune_chat_says(
     server: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer = chat(capsys, model, "--image", PICTURE, "--audio", CLIP, QUESTION)
-    assert post(server, [item(PICTURE), item(CLIP), item(QUESTION)]) == (200, answer)
-    assert post(server, [item(PICTURE), spoken(CLIP.read_bytes(), "ogg"), item(QUESTION)]) == (200, answer)
+    answer = chat(capsys, model, "--image", IMAGE, "--audio", CLIP, QUESTION)
+    assert post(server, [item(IMAGE), item(CLIP), item(QUESTION)]) == (200, answer)
+    assert post(server, [item(IMAGE), spoken(CLIP.read_bytes(), "ogg"), item(QUESTION)]) == (200, answer)
 
     surround = tmp_path / "surround.m4a"
     surround.write_bytes(by_av(tone(1.0, 48_000, channels=8), 48_000, "mp4", "aac"))
@@ -313,19 +313,19 @@ def test_the_server_says_what_omnitune_chat_says(
 
 def test_what_cannot_be_used_is_refused_with_its_reason(server: str) -> None:
     faults = [
-        ([item(PICTURE.read_bytes()[:100]), item(QUESTION)], "image file is truncated"),
-        ([item(b"no picture"), item(QUESTION)], "cannot identify image file"),
+        ([item(IMAGE.read_bytes()[:100]), item(QUESTION)], "image file is truncated"),
+        ([item(b"no image"), item(QUESTION)], "cannot identify image file"),
         ([item(b"RIFF, and no recording"), item(QUESTION)], "is no recording that can be read"),
         ([spoken(clip(0.001), "wav")], "audio of 16 samples is too short to be heard"),
         ([spoken(clip(30.5), "wav")], "audio of 30.5 s is longer than 30 s"),
-        ([item(PICTURE)] * 300 + [item(QUESTION)], "maximum context length is 2048 tokens"),
+        ([item(IMAGE)] * 300 + [item(QUESTION)], "maximum context length is 2048 tokens"),
     ]
     for content, reason in faults:
         status, message = post(server, content)
         assert status == 400
         assert reason in message
     for name, value in {"subfolder": "../elsewhere", "cache_dir": "/tmp", "long_audio": "cut"}.items():
-        status, message = post(server, [item(PICTURE), item(QUESTION)], mm_processor_kwargs={name: value})
+        status, message = post(server, [item(IMAGE), item(QUESTION)], mm_processor_kwargs={name: value})
         assert status == 400
         assert f"mm_processor_kwargs has '{name}', which a request may not set" in message
     assert post(server, QUESTION)[0] == 200

@@ -90,7 +90,7 @@ def test_loss_compares_both_ways(load: Any, tmp_path: Path) -> None:
     assert chunked["loss"] == pytest.approx(full["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("saving", ["packing", "pictures", "clips", "head", None])
+@pytest.mark.parametrize("saving", ["packing", "images", "clips", "head", None])
 def test_the_plain_way_has_the_same_loss_and_gradients(load: Any, saving: str | None) -> None:
     plain = load("plain")
     model = tiny_megrezo().eval()
@@ -136,8 +136,8 @@ def test_the_workload_is_what_it_says(load: Any) -> None:
     shares = np.bincount(drawn.kind) / len(drawn.kind)
     assert shares == pytest.approx(list(workload.SHARES.values()), abs=0.02)
     assert lengths[:, 0].max() <= 4096
-    has_picture, has_clip = lengths[:, 1] > 0, lengths[:, 2] > 0
-    assert (has_picture == np.isin(drawn.kind, [0, 3])).all()
+    has_image, has_clip = lengths[:, 1] > 0, lengths[:, 2] > 0
+    assert (has_image == np.isin(drawn.kind, [0, 3])).all()
     assert (has_clip == np.isin(drawn.kind, [1, 3])).all()
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from train.data.records import parse_record
-from train.families.megrezo.geometry import picture_layout
+from train.families.megrezo.geometry import image_layout
 
 DATA = Path(__file__).parents[2] / "data"
 SAMPLE, TINY = DATA / "sample", DATA / "tiny"
@@ -311,9 +311,9 @@ def test_configuration_fits_the_tokenizer(tokenizer):
     assert generation["eos_token_id"] == tokenizer.convert_tokens_to_ids(["<|turn_end|>", "<|eos|>"])
 
 
-def test_a_picture_of_the_sample_is_one_slice_of_64_patches():
+def test_an_image_of_the_sample_is_one_slice_of_64_patches():
     settings = json.loads((TINY / "preprocessor_config.json").read_text())
-    layout = picture_layout(
+    layout = image_layout(
         112,
         112,
         scale=settings["scale_resolution"],

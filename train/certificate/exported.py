@@ -20,7 +20,7 @@ from train.certificate.records import batches, choose
 from train.config import Options
 from train.data.audio import SAMPLE_RATE, load_clip
 from train.data.collate import collate
-from train.data.images import load_picture
+from train.data.images import load_image
 from train.data.record_set import RecordSet
 from train.engine.build_data import limits_of
 from train.export.base_folder import REPORT
@@ -140,7 +140,7 @@ def _item(part: Part) -> dict[str, Any]:
         return {"type": "text", "text": part.content}
     file = BytesIO()
     if part.kind == "image":
-        load_picture(file_of(part.content)).save(file, "PNG")
+        load_image(file_of(part.content)).save(file, "PNG")
     else:
         soundfile.write(file, load_clip(part.content), SAMPLE_RATE, format="WAV", subtype="FLOAT")
     form = {"image": "image/png", "audio": "audio/wav"}[part.kind]

@@ -1,1 +1,1 @@
-"""From a line of a file to a sample: readers, records, pictures, audio, the chat template, the processor."""
+"""From a line of a file to a sample: readers, records, images, audio, the chat template, the processor."""

@@ -176,18 +176,18 @@ class Changes:
             torch.default_generator.manual_seed(int(self._rng.integers(2**62)))  # and not those of idle devices
             return masked(mel.T).T.contiguous()
 
-    def picture(self, picture: Image.Image) -> Image.Image:
+    def image(self, image: Image.Image) -> Image.Image:
         """An RGB image with other brightness, contrast and colours, and the traces of a JPEG file."""
         settings = self.settings
         if settings.color and self._rng.random() < settings.share:
             for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-                picture = kind(picture).enhance(self._rng.uniform(1 - settings.color, 1 + settings.color))
+                image = kind(image).enhance(self._rng.uniform(1 - settings.color, 1 + settings.color))
         if settings.jpeg and self._rng.random() < settings.share:
             file = BytesIO()
             low, high = settings.jpeg
-            picture.save(file, "JPEG", quality=int(self._rng.integers(low, high + 1)))
-            picture = Image.open(file).convert("RGB")
-        return picture
+            image.save(file, "JPEG", quality=int(self._rng.integers(low, high + 1)))
+            image = Image.open(file).convert("RGB")
+        return image
 
     def _between(self, ends: Sequence[float]) -> float:
         low, high = ends

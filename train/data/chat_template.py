@@ -63,7 +63,7 @@ class ChatTemplate:
     audio_prefix: str = "Audio {number}: "
     """Text before each recording, numbered from 1."""
     media_suffix: str = "\n"
-    """Text after each picture and recording."""
+    """Text after each image and recording."""
     strips_texts: bool = False
     """Whether white space around each text is dropped."""
     required: frozenset[str] = field(init=False)
@@ -168,7 +168,7 @@ class TextEncoder:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        # The same few texts (roles, picture numbers, line ends, questions) recur in every record.
+        # The same few texts (roles, image numbers, line ends, questions) recur in every record.
         self._short = lru_cache(maxsize=4096)(self._encode)
 
     def text(self, text: str) -> list[int]:

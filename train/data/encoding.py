@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from train.data.audio import SAMPLE_RATE, clip_length, load_fitted, samples_at, speed_ratio
 from train.data.chat_template import ChatTemplate, Segment, TextEncoder
-from train.data.images import load_picture
+from train.data.images import load_image
 from train.data.prompting import PromptMixin
 from train.errors import BadRecord, CheckpointError
 from train.schema import (
@@ -39,7 +39,7 @@ from train.schema import (
 
 @dataclass(slots=True)
 class Medium:
-    """A picture or clip among the tokens: the tokens [begin, end) that it fills, and its places in them."""
+    """An image or clip among the tokens: the tokens [begin, end) that it fills, and its places in them."""
 
     kind: Kind
     source: MediaSource
@@ -177,7 +177,7 @@ class RecordProcessor(PromptMixin):
         Args:
             generation_prompt: end with the beginning of an assistant's turn; such a prompt is never cut.
             max_tokens: the most tokens; None = no limit.
-            too_long: refuse a longer record, or cut its end, never inside a picture or clip.
+            too_long: refuse a longer record, or cut its end, never inside an image or clip.
             changes: of its media, in training.
 
         Raises:
@@ -267,7 +267,7 @@ class RecordProcessor(PromptMixin):
         return changes.sound(load_fitted(source, own, is_cut=is_cut), samples)[:samples]
 
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
-        """Add a picture's or clip's places."""
+        """Add an image's or clip's places."""
         raise BadRecord(f"it holds an {segment.kind}, and this model reads text alone; take it out")
 
     def _add_medium(self, tokens: Tokens, segment: Segment, size: Any, names: Sequence[str], count: int) -> None:
@@ -299,8 +299,8 @@ class RecordProcessor(PromptMixin):
     def _decoded(self, medium: Medium, changes: Changes | None) -> Image.Image | np.ndarray:
         """An image, RGB and upright, or a clip, float32 (samples,), changed; BadRecord if it cannot be used."""
         if medium.kind == "image":
-            picture = load_picture(file_of(medium.source))
-            return changes.picture(picture) if changes else picture
+            image = load_image(file_of(medium.source))
+            return changes.image(image) if changes else image
         return self._heard(medium.source, medium.size, changes, is_cut=medium.size == self._longest_clip)
 
     def _features(self, medium: Medium, decoded: Any) -> tuple[Tensor, Tensor]:

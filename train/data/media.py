@@ -14,7 +14,7 @@ from train.schema import Kind, MediaFile
 R = TypeVar("R")
 
 MAX_BYTES: dict[Kind, int] = {"image": 2**28, "audio": 2**30}
-"""Largest file that is opened: an uncompressed picture of 67 megapixels fits, and half an hour of studio sound."""
+"""Largest file that is opened: an uncompressed image of 67 megapixels fits, and half an hour of studio sound."""
 
 _HEADER_READS = 20_000
 _HEADER_BYTES = 2**24

@@ -37,15 +37,15 @@ class PromptMixin:
         if (longest := max(len(sample.input_ids) for sample in samples)) >= max_tokens:
             raise BadRecord(
                 f"the conversation has {longest} tokens, and the model takes {max_tokens} with its answer; "
-                "begin a new one, or give fewer pictures and shorter recordings"
+                "begin a new one, or give fewer images and shorter recordings"
             )
         return collate(samples, [0] * len(samples), range(len(samples)))
 
 
 def embedded(value: Any) -> Any:
-    """A message, or a part of one, with every picture and recording in it as a path or an encoded file.
+    """A message, or a part of one, with every image and recording in it as a path or an encoded file.
 
-    A picture may be a Pillow image. A recording may be a pair (samples, rate in Hz) as soundfile.read gives it:
+    An image may be a Pillow image. A recording may be a pair (samples, rate in Hz) as soundfile.read gives it:
     float samples in -1 to 1 or int16, of shape (samples,) or (samples, channels). Paths may be `Path`s.
 
     Raises:

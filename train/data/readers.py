@@ -19,7 +19,7 @@ import numpy as np
 from train.errors import BadRecord, OmniTuneError
 
 MAX_LINE_BYTES = 64 * 2**20
-"""Longest record that is parsed: pictures embedded as base64 fit, a file without line ends does not."""
+"""Longest record that is parsed: images embedded as base64 fit, a file without line ends does not."""
 
 MAX_VALUES = 2**21
 """Most values in a record, about: as objects of Python they take thirty times the memory of their text."""

@@ -127,7 +127,7 @@ def _check_turns(turns: tuple[Turn, ...]) -> None:
         if all(part.kind == "text" and not str(part.content).strip() for part in turn.parts):
             raise BadRecord(f"turn {number} ({turn.role}) is empty; fill it or remove it")
         if turn.role == "assistant" and any(part.kind != "text" for part in turn.parts):
-            raise BadRecord(f"turn {number} is the assistant's and holds a picture or audio; only text is generated")
+            raise BadRecord(f"turn {number} is the assistant's and holds an image or audio; only text is generated")
 
 
 def _check_learned(turns: tuple[Turn, ...]) -> None:

@@ -174,7 +174,7 @@ class Family:
                 auto.register(config_class, ours, exist_ok=True)
 
     def load_processor(self, folder: Path | str) -> Processor:
-        """The processor (tokenizer, pictures, audio) of the folder."""
+        """The processor (tokenizer, images, audio) of the folder."""
         self.config(folder)
         return _resolve(self.processor_class).from_pretrained(folder, local_files_only=True)
 

@@ -1,4 +1,4 @@
-"""A page to talk to a model in the browser: pictures, recordings, the microphone, answers as they are generated."""
+"""A page to talk to a model in the browser: images, recordings, the microphone, answers as they are generated."""
 
 import mimetypes
 import os
@@ -108,7 +108,7 @@ def said(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _content(text: str, files: Sequence[str]) -> dict[str, Any]:
-    """Pictures by their names; what is none is taken for a recording."""
+    """Images by their names; what is none is taken for a recording."""
     kinds = [
         "image" if (mimetypes.guess_type(path, strict=False)[0] or "").startswith("image/") else "audio"
         for path in files

@@ -43,7 +43,7 @@ class ChatMixin:
 
         Args:
             messages: `{"role", "content"}` each; content is a text, a mapping `{"text", "image", "audio"}`, or a list
-                of `{"type": "text" | "image" | "image_url" | "audio" | "audio_url" | "input_audio", ...}`. Pictures
+                of `{"type": "text" | "image" | "image_url" | "audio" | "audio_url" | "input_audio", ...}`. Images
                 are paths, Pillow images, bytes or data URLs; recordings paths, (samples, rate), bytes or data URLs.
                 Several conversations may be given as a list of such lists; they are answered together.
             sampling: draw tokens; else the likeliest is taken each time, as at temperature 0.
@@ -57,7 +57,7 @@ class ChatMixin:
             The text; a list of texts for a list of conversations; an iterator of pieces when streaming.
 
         Raises:
-            BadRecord: (a ValueError) if a message breaks a rule, or a picture or recording cannot be used.
+            BadRecord: (a ValueError) if a message breaks a rule, or an image or recording cannot be used.
 
         >>> model.chat([{"role": "user", "content": {"text": "What is it?", "image": "cat.jpg"}}])  # doctest: +SKIP
         'A cat.'

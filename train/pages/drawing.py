@@ -25,9 +25,9 @@ def data_uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{b64encode(data).decode()}"
 
 
-def picture_uri(picture: Image.Image, side: int = 720, lossless: int = 256) -> str:
+def image_uri(image: Image.Image, side: int = 720, lossless: int = 256) -> str:
     """An RGB image, scaled down to at most `side` pixels a side; as PNG up to `lossless` pixels, else as JPEG."""
-    small = picture.copy()
+    small = image.copy()
     small.thumbnail((side, side))
     form = "PNG" if max(small.size) <= lossless else "JPEG"
     file = io.BytesIO()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from train.data.audio import clip_header
-from train.data.images import picture_size
+from train.data.images import image_size
 from train.data.lengths import LengthCache, Stamps, holds, stamps_of
 from train.data.record_set import BadNote, Measured, RecordSet, Watching
 from train.data.workers import Results
@@ -144,7 +144,7 @@ def _look_at(records: RecordSet, record: Record) -> _Row:
         audio=places["audio"],
         units=tuple(sum(held.units for held in outline.media if held.kind == kind) for kind in KINDS),
         digest=_digest(record),
-        images=tuple(picture_size(file_of(part.content)) for part in media if part.kind == "image"),
+        images=tuple(image_size(file_of(part.content)) for part in media if part.kind == "image"),
         clips=tuple((header.seconds or 0.0, header.rate) for header in clips),
     )
     return facts, stamps

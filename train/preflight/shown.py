@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from train.data.audio import SAMPLE_RATE, clip_header, load_clip
-from train.data.images import load_picture
+from train.data.images import load_image
 from train.data.record_set import RecordSet
-from train.pages.drawing import clip_uri, mel_uri, picture_uri, waveform_path
+from train.pages.drawing import clip_uri, image_uri, mel_uri, waveform_path
 from train.schema import Kind, Media, Outline, Placed, Record, Sample, Span, Window, file_of
 
 
@@ -198,8 +198,8 @@ def _clip(placed: Placed, number: int, mel: torch.Tensor | None) -> ShownMedium:
 
 
 def _image(placed: Placed, number: int) -> ShownMedium:
-    picture = load_picture(file_of(placed.source))
-    width, height = picture.size
+    image = load_image(file_of(placed.source))
+    width, height = image.size
     slices = [
         ShownSlice(left * width, top * height, (right - left) * width, (bottom - top) * height, part.pixels)
         for part in placed.slices
@@ -211,4 +211,4 @@ def _image(placed: Placed, number: int) -> ShownMedium:
         count = len(slices)
         seen = " and ".join(f"{wide}×{high}" for wide, high in sizes)
         notes.append(f"{count} slice{'s' * (count > 1)}, resized to {seen} pixels")
-    return ShownMedium("image", number, _name(placed), notes, picture_uri(picture), size=(width, height), slices=slices)
+    return ShownMedium("image", number, _name(placed), notes, image_uri(image), size=(width, height), slices=slices)

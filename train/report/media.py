@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from train.data.audio import SAMPLE_RATE, load_clip
-from train.data.images import load_picture
+from train.data.images import load_image
 from train.data.readers import Source, open_source
 from train.data.record_set import SourceSpec, Watching
 from train.data.records import parse_record
 from train.data.workers import Results, Workers
 from train.errors import BadRecord, OmniTuneError
-from train.pages.drawing import picture_uri, small_clip_uri
+from train.pages.drawing import image_uri, small_clip_uri
 from train.schema import Kind, MediaSource, Part, Record, file_of
 
 log = logging.getLogger(__name__)
@@ -143,9 +143,9 @@ def _shown(part: Part) -> Shown:
 
 
 def _image(source: MediaSource, name: str) -> Shown:
-    picture = load_picture(file_of(source))
-    width, height = picture.size
-    return Shown("image", picture_uri(picture, _SIDE, _LOSSLESS), f"{name}, {width}×{height}")
+    image = load_image(file_of(source))
+    width, height = image.size
+    return Shown("image", image_uri(image, _SIDE, _LOSSLESS), f"{name}, {width}×{height}")
 
 
 def _clip(source: MediaSource, name: str) -> Shown:

@@ -40,7 +40,7 @@ def make_tokenizer(without: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 
 
 def png(width: int, height: int, color="red", mode: str = "RGB") -> bytes:
-    """An encoded picture of one colour."""
+    """An encoded image of one colour."""
     file = io.BytesIO()
     Image.new(mode, (width, height), color).save(file, "PNG")
     return file.getvalue()

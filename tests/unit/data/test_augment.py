@@ -141,14 +141,14 @@ def test_masks_cover_frames_and_bins_with_the_mean() -> None:
 
 
 def test_colours_and_jpeg_keep_the_size() -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
     settings = Augmentation(share=1.0, color=0.4, jpeg=(30, 30))
-    made = [Changes(settings, np.random.default_rng(seed)).picture(picture) for seed in (1, 1, 2)]
-    assert all(one.size == picture.size and one.mode == "RGB" for one in made)
+    made = [Changes(settings, np.random.default_rng(seed)).image(image) for seed in (1, 1, 2)]
+    assert all(one.size == image.size and one.mode == "RGB" for one in made)
     assert made[0].tobytes() == made[1].tobytes() != made[2].tobytes()
-    assert made[0].tobytes() != picture.tobytes()
+    assert made[0].tobytes() != image.tobytes()
     untouched = Changes(Augmentation(share=1.0), np.random.default_rng(0))
-    assert untouched.picture(picture) is picture
+    assert untouched.image(image) is image
 
 
 def test_without_torchaudio_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,21 +219,21 @@ def media() -> dict[str, bytes]:
     """A small valid file of each format, by its name."""
     encoded = {}
     shades = np.add.outer(3 * np.arange(24), 5 * np.arange(30))
-    picture = Image.fromarray(np.stack([shades, 255 - shades, shades // 2], axis=2).astype(np.uint8))
+    image = Image.fromarray(np.stack([shades, 255 - shades, shades // 2], axis=2).astype(np.uint8))
     tags = Image.Exif()
     tags[0x0112] = 6
     more = {
         "JPEG": {"exif": tags},
         "PNG": {"exif": tags},
-        "GIF": {"save_all": True, "append_images": [picture.rotate(90)], "comment": b"two frames"},
+        "GIF": {"save_all": True, "append_images": [image.rotate(90)], "comment": b"two frames"},
         "WEBP": {},
-        "TIFF": {"compression": "tiff_lzw", "save_all": True, "append_images": [picture]},
+        "TIFF": {"compression": "tiff_lzw", "save_all": True, "append_images": [image]},
         "BMP": {},
         "PPM": {},
     }
     for name, options in more.items():
         file = io.BytesIO()
-        picture.save(file, name, **options)
+        image.save(file, name, **options)
         encoded[name] = file.getvalue()
     subtypes = {
         "WAV": "FLOAT",
@@ -252,7 +252,7 @@ def media() -> dict[str, bytes]:
     return encoded | {"M4A": by_av(tone(0.2), 16_000, "mp4", "aac")}
 
 
-PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
+IMAGES = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
 SOUNDS = ("WAV", "FLAC", "OGG", "OPUS", "MP3", "AIFF", "CAF", "M4A")
 EDGES = [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1]
 
@@ -284,7 +284,7 @@ def changed(draw: Any, whole: bytes, least: int = 0) -> bytes:
         elif what == "repeat":
             data[at:at] = data[at : at + length]
         elif what == "splice":
-            other = media()[draw(st.sampled_from(PICTURES + SOUNDS))]
+            other = media()[draw(st.sampled_from(IMAGES + SOUNDS))]
             data[at : at + length] = other[draw(st.integers(0, len(other) - 1)) :][:length]
         else:
             data[at:at] = draw(st.binary(max_size=16))
@@ -296,8 +296,8 @@ def asks_about(kind: str, name: str) -> dict[str, Any]:
     return {"conversations": [question, {"role": "assistant", "content": "It."}]}
 
 
-@given(data=damage(PICTURES), name=st.sampled_from(["a.jpg", "a.png", "a.txt"]))
-def test_damaged_pictures(data: bytes, name: str) -> None:
+@given(data=damage(IMAGES), name=st.sampled_from(["a.jpg", "a.png", "a.txt"]))
+def test_damaged_images(data: bytes, name: str) -> None:
     through_damaged_medium("image", data, name)
 
 
@@ -320,7 +320,7 @@ MODES = {
 
 @st.composite
 def shapes(draw: Any) -> bytes:
-    """A picture of any mode and shape, or one that claims a shape that it cannot have."""
+    """An image of any mode and shape, or one that claims a shape that it cannot have."""
     width, height = draw(st.sampled_from(SIDES)), draw(st.sampled_from(SIDES))
     form = draw(st.sampled_from(sorted(MODES)))
     limit = {"JPEG": 65_500, "WEBP": 16_383}.get(form, 2**16 - 1)
@@ -332,7 +332,7 @@ def shapes(draw: Any) -> bytes:
 
 
 @given(data=shapes().flatmap(changed))
-def test_pictures_of_any_shape(data: bytes) -> None:
+def test_images_of_any_shape(data: bytes) -> None:
     through_damaged_medium("image", data, "a.png")
 
 
@@ -377,10 +377,10 @@ def through_damaged_medium(kind: str, data: bytes, name: str) -> None:
         check(file, 1)
 
 
-@pytest.mark.parametrize("name", PICTURES + SOUNDS)
+@pytest.mark.parametrize("name", IMAGES + SOUNDS)
 def test_undamaged_media_are_used(tmp_path: Path, name: str) -> None:
     """Else the fuzz would only ever see refusals."""
-    kind = "image" if name in PICTURES else "audio"
+    kind = "image" if name in IMAGES else "audio"
     (tmp_path / "medium").write_bytes(media()[name])
     file = tmp_path / "records.jsonl"
     file.write_text(json.dumps(asks_about(kind, "medium")))

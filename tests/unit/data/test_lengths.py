@@ -28,7 +28,7 @@ def measure(data: RecordSet, cache: LengthCache | None) -> tuple[Measured, list[
 
 @pytest.fixture
 def lines(tmp_path: Path) -> list[Any]:
-    """A text, a picture, a recording, a picture beside another, and what cannot be used."""
+    """A text, an image, a recording, an image beside another, and what cannot be used."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.png").write_bytes(png(28, 28))
     (tmp_path / "a.wav").write_bytes(wav(0.5))

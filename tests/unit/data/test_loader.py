@@ -64,13 +64,13 @@ def test_a_few_records_are_the_shortest_of_each_mix(tmp_path: Path, processor: A
 
 def test_a_few_records_are_bounded() -> None:
     """A mix whose media are there already is left out where it would be too much; what brings a medium stays."""
-    text, picture, clip, both = (
+    text, image, clip, both = (
         (20, 0, Lengths(20)),
         (700, 1, Lengths(700, {"image": 9000})),
         (800, 2, Lengths(800, {"audio": 3000})),
         (900, 3, Lengths(900, {"image": 100, "audio": 100})),
     )
-    assert _within_bounds([text, picture, clip, both]) == [0, 1, 2]
+    assert _within_bounds([text, image, clip, both]) == [0, 1, 2]
     assert _within_bounds([text, both]) == [0, 3]
     assert _within_bounds([(1, 5, Lengths(1, {"image": 1})), (2, 6, Lengths(2, {"image": 1, "audio": 2}))]) == [5, 6]
 

@@ -1,4 +1,4 @@
-"""Media in whatever form a program holds them: all forms of one picture or recording give the same batch."""
+"""Media in whatever form a program holds them: all forms of one image or recording give the same batch."""
 
 import base64
 import io
@@ -30,8 +30,8 @@ def assert_equal(found: Batch, expected: Batch) -> None:
 
 
 @pytest.fixture
-def picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A picture that EXIF turns by a quarter, in the working folder."""
+def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An image that EXIF turns by a quarter, in the working folder."""
     monkeypatch.chdir(tmp_path)
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
     exif = Image.Exif()
@@ -48,13 +48,13 @@ def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cat.wav"
 
 
-def test_forms_of_a_picture(processor: MegrezOProcessor, picture: Path) -> None:
-    expected = ask(processor, {"text": "What?", "image": str(picture)})
+def test_forms_of_a_image(processor: MegrezOProcessor, image: Path) -> None:
+    expected = ask(processor, {"text": "What?", "image": str(image)})
     height, width = media_of(expected, "image").sizes[0].tolist()
     assert height > width  # upright
-    url = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-    with Image.open(picture) as opened:
-        forms = ["cat.png", Path("cat.png"), picture.read_bytes(), url, opened, opened.convert("RGBA")]
+    url = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
+    with Image.open(image) as opened:
+        forms = ["cat.png", Path("cat.png"), image.read_bytes(), url, opened, opened.convert("RGBA")]
         for form in forms:
             assert_equal(ask(processor, {"text": "What?", "image": form}), expected)
             listed = [{"type": "image", "image": form}, {"type": "text", "text": "What?"}]
@@ -101,7 +101,7 @@ def test_string_list_and_mapping_are_one(processor: MegrezOProcessor) -> None:
     ],
 )
 def test_the_chat_template_puts_media_in_the_same_places(
-    processor: MegrezOProcessor, picture: Path, recording: Path, content: Any
+    processor: MegrezOProcessor, image: Path, recording: Path, content: Any
 ) -> None:
     messages = [
         {"role": "system", "content": "Hello."},
@@ -112,7 +112,7 @@ def test_the_chat_template_puts_media_in_the_same_places(
     written = processor.tokenizer.decode(processor.prompts([messages], max_tokens=4096).input_ids)
     for kind in ("image", "audio"):
         written = re.sub(rf"<\|{kind}_start\|>.*?<\|{kind}_end\|>", f"(<{kind}>./</{kind}>)", written)
-    # A number stands before each picture; these have one slice, the thumbnail.
+    # A number stands before each image; these have one slice, the thumbnail.
     written = re.sub(r"<\|image_id_start\|>[0-9]<\|image_id_end\|>", "", written)
     rendered = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert written == rendered
@@ -141,13 +141,13 @@ def test_faults(
         ask(processor, content, max_tokens=100)
 
 
-def test_pictures_of_a_program_may_be_of_any_mode(processor: MegrezOProcessor) -> None:
+def test_images_of_a_program_may_be_of_any_mode(processor: MegrezOProcessor) -> None:
     for mode in ("L", "P", "CMYK", "F", "I;16"):
         batch = ask(processor, {"image": Image.new(mode, (30, 30))})
         assert len(media_of(batch, "image").sizes) == 1, mode
 
 
-def test_an_encoded_picture_may_be_a_stream_of_bytes(processor: MegrezOProcessor) -> None:
+def test_an_encoded_image_may_be_a_stream_of_bytes(processor: MegrezOProcessor) -> None:
     file = io.BytesIO()
     Image.new("RGB", (30, 30), "red").save(file, "JPEG")
     assert media_of(ask(processor, {"image": file.getvalue()}), "image").values.float().mean(0)[0] > 250

@@ -118,7 +118,7 @@ def test_parquet_hands_over_plain_values(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"image": {"bytes": b"\x89PNG", "path": "a.png"}, "conversations": [{"from": "gpt", "value": "é"}]}] * 3
     table = datasets.Dataset.from_list(rows)
-    # The column is declared as pictures, which must not be decoded here.
+    # The column is declared as images, which must not be decoded here.
     table.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "rows.bin")
     source = open_source(tmp_path / "rows.bin")
     assert isinstance(source, Parquet)

@@ -201,7 +201,7 @@ def turns(*pairs):
         (openai(["x"]), "a content item has the type None"),
         (
             turns(("user", "x"), ("assistant", {"image": "a.jpg"})),
-            "turn 2 is the assistant's and holds a picture",
+            "turn 2 is the assistant's and holds an image",
         ),
         (
             megrez({"image": "missing.jpg"}),

@@ -19,7 +19,7 @@ from tests.builders import media_of
 from tests.unit.data.builders import png, tone, wav
 from train.data import images, media, records
 from train.data.audio import clip_length, load_clip
-from train.data.images import load_picture, picture_size
+from train.data.images import image_size, load_image
 from train.data.readers import JsonLines, open_source
 from train.data.record_set import BadNote, RecordSet, SourceSpec
 from train.data.watchdog import Watchdog
@@ -55,7 +55,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png_with(*chunks: bytes) -> bytes:
-    """A picture of 8 x 8 with more chunks behind its header."""
+    """An image of 8 x 8 with more chunks behind its header."""
     whole = png(8, 8)
     return whole[:33] + b"".join(chunks) + whole[33:]
 
@@ -134,11 +134,11 @@ def test_odd_media_that_are_used(tmp_path: Path, processor: Any, kind: str, name
     assert notes == bad == []
     assert measured.lengths[0].tolist() == [len(batch.input_ids), batch.units("image"), batch.units("audio")]
     if kind == "image":
-        assert load_picture(str(tmp_path / name)).getpixel((4, 4)) == pytest.approx((255, 0, 0), abs=3)
+        assert load_image(str(tmp_path / name)).getpixel((4, 4)) == pytest.approx((255, 0, 0), abs=3)
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/tty", "pipe", "."])
-@pytest.mark.parametrize("read", [picture_size, load_picture, clip_length, load_clip])
+@pytest.mark.parametrize("read", [image_size, load_image, clip_length, load_clip])
 def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, name: str, read: Any) -> None:
     """A pipe that nobody writes to would be waited for, a device would never end."""
     os.mkfifo(tmp_path / "pipe")
@@ -212,7 +212,7 @@ def test_special_tokens_and_placeholders_in_a_text_stay_text(tmp_path: Path, pro
 def test_whatever_a_record_raises_costs_it_alone(
     tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the bound on its side, resizing this picture takes 2 GB for its 8 KB, which Pillow refuses to ask for."""
+    """Without the bound on its side, resizing this image takes 2 GB for its 8 KB, which Pillow refuses to ask for."""
     monkeypatch.setattr(images, "MAX_SIDE", 2**31)
     (tmp_path / "a.png").write_bytes(png(2**26, 1, 0, "1"))
     found = reason(tmp_path, processor, asks(image="a.png"))

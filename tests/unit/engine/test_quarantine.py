@@ -13,10 +13,10 @@ from train.errors import TooMuchBadData
 def test_notes_are_written_once_and_the_limit_stops_the_run(tmp_path: Path) -> None:
     file = tmp_path / "quarantine.jsonl"
     quarantine = Quarantine(file, total_records=4, max_fraction=0.2)
-    assert quarantine.add([BadNote("a.jsonl", 3, "picture is broken")]) == 1
-    assert quarantine.add([BadNote("a.jsonl", 3, "picture is broken"), BadNote("a.jsonl", 5, "图片")]) == 1
+    assert quarantine.add([BadNote("a.jsonl", 3, "image is broken")]) == 1
+    assert quarantine.add([BadNote("a.jsonl", 3, "image is broken"), BadNote("a.jsonl", 5, "图片")]) == 1
     assert [json.loads(line) for line in file.read_text().splitlines()] == [
-        {"source": "a.jsonl", "line": 3, "reason": "picture is broken"},
+        {"source": "a.jsonl", "line": 3, "reason": "image is broken"},
         {"source": "a.jsonl", "line": 5, "reason": "图片"},
     ]
     with pytest.raises(TooMuchBadData, match="3 of 4 records cannot be used, more"):
@@ -61,7 +61,7 @@ def test_a_resumed_run_has_the_notes_of_its_checkpoint(tmp_path: Path) -> None:
 def test_what_a_start_finds_anew_stays_behind_the_restored_notes(tmp_path: Path) -> None:
     file = tmp_path / "quarantine.jsonl"
     quarantine = Quarantine(file, total_records=10, max_fraction=0.5)
-    quarantine.add([BadNote("a.jsonl", 1, "its picture is gone now")])
+    quarantine.add([BadNote("a.jsonl", 1, "its image is gone now")])
     quarantine.restore([{"source": "a.jsonl", "line": 2, "reason": "broken"}])
     assert lines(file) == [2, 1]
 

@@ -66,13 +66,11 @@ def test_settings_name_the_classes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "megrezo", "auto_map": {"AutoModel": "old.Old"}}')
     (tmp_path / "preprocessor_config.json").write_text('{"scale_resolution": 448}')
     add_remote_code(tmp_path, MEGREZO)
-    config, pictures = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "preprocessor_config")
-    )
+    config, images = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "preprocessor_config"))
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_megrezo.MegrezO"
     assert config["auto_map"]["AutoModel"] == "modeling_megrezo.MegrezO"
-    assert pictures["auto_map"]["AutoProcessor"] == "modeling_megrezo.MegrezOProcessor"
-    assert pictures["scale_resolution"] == 448
+    assert images["auto_map"]["AutoProcessor"] == "modeling_megrezo.MegrezOProcessor"
+    assert images["scale_resolution"] == 448
     assert {path.name for path in tmp_path.glob("*.py")} == ENTRIES["modeling_megrezo.py"].keys()
 
 

@@ -15,8 +15,8 @@ from train.schema import Batch, Part, Record, Sample, Turn
 RATE = 16_000
 
 
-def picture(width: int, height: int, seed: int = 0) -> bytes:
-    """A picture of noise, as a PNG."""
+def image(width: int, height: int, seed: int = 0) -> bytes:
+    """An image of noise, as a PNG."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -43,7 +43,7 @@ def _part(part: Any, seed: int) -> Part:
     if isinstance(part, str):
         return Part("text", part)
     kind, size = part
-    return Part(kind, picture(*size, seed) if kind == "image" else clip(size, seed))
+    return Part(kind, image(*size, seed) if kind == "image" else clip(size, seed))
 
 
 MIXED = [

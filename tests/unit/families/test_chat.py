@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.unit.families.conversations import MIXED, clip, packed, picture, sound
+from tests.unit.families.conversations import MIXED, clip, image, packed, sound
 from tests.unit.families.gemma4.builders import write_model as write_gemma
 from tests.unit.families.qwen_omni.builders import write_model as write_qwen
 from train.errors import BadRecord
@@ -20,12 +20,12 @@ def chat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     "content",
     [
         "Hello",
-        {"text": "What is it?", "image": picture(60, 90)},
+        {"text": "What is it?", "image": image(60, 90)},
         {"text": "What is said?", "audio": (sound(20_000), 16_000)},
         [
             {"type": "audio", "audio": clip(50_000)},
             {"type": "text", "text": "and"},
-            {"type": "image", "image": picture(90, 60)},
+            {"type": "image", "image": image(90, 60)},
         ],
     ],
     ids=["text", "image", "audio", "mixed"],

@@ -248,8 +248,8 @@ def test_settings_of_the_processor_are_refused_by_name(key: str, value: Any, sai
 @pytest.mark.parametrize(
     ("key", "value", "where", "expected"),
     [
-        ("use_image_id", False, "len(p.picture_id_tokens(0))", 0),
-        ("use_image_id", True, "len(p.picture_id_tokens(0))", 3),
+        ("use_image_id", False, "len(p.image_id_tokens(0))", 0),
+        ("use_image_id", True, "len(p.image_id_tokens(0))", 3),
         ("slice_mode", False, "p.image_processor.slice_settings.layout(1480, 720).slices", 1),
         ("max_slice_nums", 2, "p.image_processor.slice_settings.layout(1480, 720).grid", (2, 1)),
         ("scale_resolution", 448, "p.image_processor.slice_settings.layout(1480, 720).slices", 7),

@@ -23,9 +23,9 @@ def test_models_of_text_alone(tmp_path: Path, name: str) -> None:
     chat = load(tmp_path, name)
     assert chat.media == set()
     assert "".join(chat.answer(HELLO, max_new_tokens=8)) == chat.model.chat(HELLO, max_new_tokens=8)
-    picture = {"text": "What is it?", "image": os.fspath(ROOT / "data/sample/images/heldout/0001.png")}
+    image = {"text": "What is it?", "image": os.fspath(ROOT / "data/sample/images/heldout/0001.png")}
     with pytest.raises(BadRecord, match="it holds an image, and this model reads text alone"):
-        chat.answer([{"role": "user", "content": picture}])
+        chat.answer([{"role": "user", "content": image}])
 
 
 def test_an_omni_model_takes_the_system_prompt_that_it_is_given(tmp_path: Path) -> None:

@@ -16,16 +16,16 @@ from train.errors import BadRecord
 from train.export.model_folder import write_random_model
 from train.families.megrezo.model import MegrezO
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
 CLIP = (np.random.default_rng(1).normal(0, 0.1, 8000).astype(np.float32), 16_000)
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hello"}],
-    [{"role": "user", "content": {"text": "What color is it?", "image": PICTURE, "audio": CLIP}}],
+    [{"role": "user", "content": {"text": "What color is it?", "image": IMAGE, "audio": CLIP}}],
     [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "audio", "audio": CLIP}, {"type": "text", "text": "And?"}]},
         {"role": "assistant", "content": "red"},
-        {"role": "user", "content": {"text": "Are you sure?", "image": [PICTURE, PICTURE]}},
+        {"role": "user", "content": {"text": "Are you sure?", "image": [IMAGE, IMAGE]}},
     ],
 ]
 

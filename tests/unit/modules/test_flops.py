@@ -43,5 +43,5 @@ def test_a_record_is_the_sum_of_its_parts() -> None:
     with torch.device("meta"):
         model = MegrezO(MegrezOConfig())
     flops = megrezo_flops(model, tuned=["llm"])
-    whole, text, pictures, sound = flops.of(np.array([[10, 20, 30], [10, 0, 0], [0, 20, 0], [0, 0, 30]]))
-    assert whole == pytest.approx(text + pictures + sound)
+    whole, text, images, sound = flops.of(np.array([[10, 20, 30], [10, 0, 0], [0, 20, 0], [0, 0, 30]]))
+    assert whole == pytest.approx(text + images + sound)

@@ -14,7 +14,7 @@ from train.errors import BadRecord
 from train.schema import KINDS, Kind, Part, Span, file_of
 
 MAX_PARTS = 4096
-"""Most turns of a conversation, and most texts, pictures and recordings in them."""
+"""Most turns of a conversation, and most texts, images and recordings in them."""
 
 MAX_SECOND = 1e7
 """Last second that a span may name."""
@@ -92,7 +92,7 @@ def text_parts(value: Any) -> list[Part]:
 
 
 def medium_part(kind: Kind, value: Any, root: Path | None) -> Part:
-    """A picture or recording: its bytes, or the real path of a regular file under `root`; of a recording, a span."""
+    """An image or recording: its bytes, or the real path of a regular file under `root`; of a recording, a span."""
     if isinstance(value, dict):
         file = value.get("path") if value.get("bytes") is None else value["bytes"]
         return _with_span(medium_part(kind, file, root), value)

@@ -79,7 +79,7 @@ class WandbTracker:
         for source in _media_of(kind, record) if record else ():
             try:
                 return self._shown(kind, source)
-            except Exception as error:  # a table without a picture is better than none
+            except Exception as error:  # a table without an image is better than none
                 log.warning("W&B cannot show the %s of a held-out record (%s)", kind, error)
         return None
 

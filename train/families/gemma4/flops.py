@@ -45,12 +45,12 @@ def gemma4_flops(model: nn.Module, tuned: Collection[str], adapted: Collection[s
         token_squared=2 * heads[False] * passes["llm"],
         head=2 * text.vocab_size * text.hidden_size * passes["llm"],
         unit={
-            "image": (2 * blocks + 4 * PICTURE_PATCHES * width) * passes["vision_encoder"]
+            "image": (2 * blocks + 4 * IMAGE_PATCHES * width) * passes["vision_encoder"]
             + 2 * vision_proj / vision.pooling_kernel_size**2 * passes["vision_proj"],
             "audio": (2 * convolutions + layers / 2) * passes["audio_encoder"] + audio_proj / 2 * passes["audio_proj"],
         },
     )
 
 
-PICTURE_PATCHES = 2520
+IMAGE_PATCHES = 2520
 """Patches of an image at the published budget of 280 places, which all attend to each other."""

@@ -15,7 +15,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ra
 from train.data.audio import SAMPLE_RATE, name_of
 from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
-from train.data.images import picture_size
+from train.data.images import image_size
 from train.errors import BadRecord, CheckpointError
 from train.families.family import read_json
 from train.families.gemma4.config import MEL_BINS
@@ -79,11 +79,11 @@ class ImageSettings:
             ) from None
         return rows // self.patch_size, columns // self.patch_size
 
-    def patches(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
+    def patches(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """The image's patches, uint8 (U, 3·patch²), block by block of k×k; their rows and columns, (1, 2)."""
-        (rows, columns), patch, side = self.grid(*picture.size), self.patch_size, self.pooling_kernel_size
+        (rows, columns), patch, side = self.grid(*image.size), self.patch_size, self.pooling_kernel_size
         size = columns * patch, rows * patch
-        pixels = np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC))
+        pixels = np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
         blocks = pixels.reshape(rows // side, side, patch, columns // side, side, patch, 3)
         # (block row, row, y, block column, column, x, channel) -> (block row, block column, row, column, y, x, channel)
         ordered = np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 2, 5, 6))
@@ -147,7 +147,7 @@ class Gemma4Processor(RecordProcessor):
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         source = segment.content
         if segment.kind == "image":
-            rows, columns = self.images.grid(*picture_size(file_of(source)))
+            rows, columns = self.images.grid(*image_size(file_of(source)))
             places = rows * columns // self.images.pooling_kernel_size**2
             self._add_medium(tokens, segment, (rows, columns), IMAGE, places)
         else:

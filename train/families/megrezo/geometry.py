@@ -1,6 +1,6 @@
-"""How large a picture or a recording becomes: grids, slices, patches, mel frames, token places.
+"""How large an image or a recording becomes: grids, slices, patches, mel frames, token places.
 
-Plain arithmetic on sizes, known before anything is decoded; it imports nothing. Sizes of pictures
+Plain arithmetic on sizes, known before anything is decoded; it imports nothing. Sizes of images
 are (width, height) in pixels, as Pillow gives them; sizes in patches are (height, width), as the
 published `tgt_sizes` has them.
 """
@@ -13,11 +13,11 @@ HOP = 160
 
 
 @dataclass(frozen=True)
-class PictureLayout:
-    """What a picture is cut into: one thumbnail, then `grid` cells row by row (none if it is small).
+class ImageLayout:
+    """What an image is cut into: one thumbnail, then `grid` cells row by row (none if it is small).
 
     `thumbnail` and `cell` are (width, height) in pixels, multiples of the patch; `grid` is
-    (columns, rows), (0, 0) where the picture is not sliced.
+    (columns, rows), (0, 0) where the image is not sliced.
     """
 
     thumbnail: tuple[int, int]
@@ -26,7 +26,7 @@ class PictureLayout:
 
     @property
     def slices(self) -> int:
-        """Pictures that the vision tower sees: the thumbnail and the cells."""
+        """Images that the vision tower sees: the thumbnail and the cells."""
         return 1 + self.grid[0] * self.grid[1]
 
     def patches(self, patch: int) -> int:
@@ -42,7 +42,7 @@ def _to_multiple(length: float, unit: int) -> int:
 def best_size(width: float, height: float, scale: int, patch: int, *, upscale: bool) -> tuple[int, int]:
     """The size of about scale×scale pixels nearest in shape, in whole patches.
 
-    A picture of smaller area keeps its size (up to rounding) unless `upscale`.
+    An image of smaller area keeps its size (up to rounding) unless `upscale`.
     """
     if upscale or width * height > scale**2:
         ratio = width / height
@@ -52,7 +52,7 @@ def best_size(width: float, height: float, scale: int, patch: int, *, upscale: b
 
 
 def slice_grid(width: int, height: int, scale: int, max_slices: int) -> tuple[int, int]:
-    """(columns, rows) of the grid nearest in shape to the picture; (0, 0) where one picture is enough."""
+    """(columns, rows) of the grid nearest in shape to the image; (0, 0) where one image is enough."""
     multiple = min(ceil(width * height / scale**2), max_slices)
     if multiple <= 1:
         return 0, 0
@@ -67,21 +67,21 @@ def slice_grid(width: int, height: int, scale: int, max_slices: int) -> tuple[in
     return min(grids, key=lambda grid: abs(shape - log(grid[0] / grid[1])))
 
 
-def picture_layout(width: int, height: int, *, scale: int, patch: int, max_slices: int) -> PictureLayout:
-    """How a picture of width×height pixels is resized and sliced.
+def image_layout(width: int, height: int, *, scale: int, patch: int, max_slices: int) -> ImageLayout:
+    """How an image of width×height pixels is resized and sliced.
 
-    >>> layout = picture_layout(1480, 720, scale=448, patch=14, max_slices=9)
+    >>> layout = image_layout(1480, 720, scale=448, patch=14, max_slices=9)
     >>> layout.grid, layout.thumbnail, layout.cell, layout.slices
     ((3, 2), (644, 308), (518, 378), 7)
     """
     if width < 1 or height < 1:
-        raise ValueError(f"a picture of {width}x{height} pixels has no area")
+        raise ValueError(f"an image of {width}x{height} pixels has no area")
     columns, rows = slice_grid(width, height, scale, max_slices)
     if not columns:
-        return PictureLayout(best_size(width, height, scale, patch, upscale=True))
+        return ImageLayout(best_size(width, height, scale, patch, upscale=True))
     cell_width = _to_multiple(width, columns) / columns
     cell_height = _to_multiple(height, rows) / rows
-    return PictureLayout(
+    return ImageLayout(
         thumbnail=best_size(width, height, scale, patch, upscale=False),
         grid=(columns, rows),
         cell=best_size(cell_width, cell_height, scale, patch, upscale=True),

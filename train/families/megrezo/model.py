@@ -1,4 +1,4 @@
-"""Megrez-3B-Omni: a Llama that reads pictures and recordings, over flat packs.
+"""Megrez-3B-Omni: a Llama that reads images and recordings, over flat packs.
 
 Parameter names are those of the published checkpoint. Letters for shapes are those of `schema`.
 """

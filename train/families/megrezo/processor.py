@@ -1,4 +1,4 @@
-"""The processor of Megrez-3B-Omni: pictures, recordings and text."""
+"""The processor of Megrez-3B-Omni: images, recordings and text."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -18,10 +18,10 @@ from transformers.utils import cached_file
 from train.data.audio import SAMPLE_RATE, log_mel, name_of
 from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
-from train.data.images import picture_size, to_rgb
+from train.data.images import image_size, to_rgb
 from train.data.windows import window_cuts
 from train.errors import BadRecord, CheckpointError
-from train.families.megrezo.geometry import HOP, PictureLayout, audio_places, mel_frames, pool_factor
+from train.families.megrezo.geometry import HOP, ImageLayout, audio_places, mel_frames, pool_factor
 from train.families.megrezo.slices import SliceSettings, slices_of
 from train.families.megrezo.template import CHAT_TEMPLATE_JINJA, MEGREZ_TEMPLATE
 from train.model_settings import count_faults, fixed_faults, kind_faults, refuse
@@ -45,15 +45,15 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "
 
 
 class MegrezOImageProcessor(BaseImageProcessor):
-    """Cuts pictures into slices and patches; keys that it does not know are kept for saving.
+    """Cuts images into slices and patches; keys that it does not know are kept for saving.
 
     Args:
-        max_slice_nums: most cells of a picture, the thumbnail not counted.
+        max_slice_nums: most cells of an image, the thumbnail not counted.
         scale_resolution: a slice has about this many pixels, squared.
         patch_size: pixels of a patch's side.
-        use_image_id: number the pictures of a conversation with special tokens.
+        use_image_id: number the images of a conversation with special tokens.
         image_feature_size: token places of a slice (the resampler's queries).
-        slice_mode: False keeps every picture to one slice.
+        slice_mode: False keeps every image to one slice.
 
     CheckpointError names each value that is not implemented.
     """
@@ -91,18 +91,18 @@ class MegrezOImageProcessor(BaseImageProcessor):
         return SliceSettings(max_slices, self.scale_resolution, self.patch_size)
 
     def preprocess(self, images: Any, **_: Any) -> BatchFeature:
-        """The slices of one or more Pillow pictures, flat.
+        """The slices of one or more Pillow images, flat.
 
         Returns:
-            `patches` uint8 (P, 3·patch²), `slice_sizes` int64 (S, 2), `slices_per_picture` int64 (pictures,).
+            `patches` uint8 (P, 3·patch²), `slice_sizes` int64 (S, 2), `slices_per_image` int64 (images,).
         """
-        pictures = images if isinstance(images, list | tuple) else [images]
-        cut = [slices_of(to_rgb(picture), self.slice_settings) for picture in pictures]
+        several = images if isinstance(images, list | tuple) else [images]
+        cut = [slices_of(to_rgb(image), self.slice_settings) for image in several]
         return BatchFeature(
             {
                 "patches": torch.cat([patches for patches, _ in cut]),
                 "slice_sizes": torch.cat([sizes for _, sizes in cut]),
-                "slices_per_picture": torch.tensor([len(sizes) for _, sizes in cut]),
+                "slices_per_image": torch.tensor([len(sizes) for _, sizes in cut]),
             }
         )
 
@@ -112,7 +112,7 @@ class MegrezOImageProcessor(BaseImageProcessor):
 
 
 class MegrezOProcessor(RecordProcessor, ProcessorMixin):
-    """Tokenizer, picture and audio settings of a model folder, and the encoding of records with them.
+    """Tokenizer, image and audio settings of a model folder, and the encoding of records with them.
 
     Args:
         system_prompt: put first where a conversation has no system turn; None takes the template's, "" none.
@@ -161,12 +161,12 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
         config = _read_json(folder, "config.json", hub)
         saved = _read_json(folder, "processor_config.json", hub)
-        pictures = _read_json(folder, "preprocessor_config.json", hub) or saved.get("image_processor")
-        if not pictures:
+        images = _read_json(folder, "preprocessor_config.json", hub) or saved.get("image_processor")
+        if not images:
             raise CheckpointError(f"'{folder}' has no preprocessor_config.json; copy it from the published model")
         model = {"image_feature_size": config.get("query_num"), "patch_size": config.get("patch_size")}
-        _check_settings_match(folder, pictures, model)
-        pictures.setdefault("image_feature_size", config.get("query_num", 64))
+        _check_settings_match(folder, images, model)
+        images.setdefault("image_feature_size", config.get("query_num", 64))
         tokenizer = load_tokenizer(folder, **hub)
         audio = config.get("audio_config", {})
         mel_settings = saved.get("feature_extractor", {"feature_size": 128})
@@ -182,7 +182,7 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         if "add_audio_bos_eos_token" in audio:
             settings["audio_bos_eos"] = audio["add_audio_bos_eos_token"]
         settings |= {key: kwargs[key] for key in ("system_prompt", "long_audio") if key in kwargs}
-        return cls(MegrezOImageProcessor(**pictures), WhisperFeatureExtractor(**mel_settings), tokenizer, **settings)
+        return cls(MegrezOImageProcessor(**images), WhisperFeatureExtractor(**mel_settings), tokenizer, **settings)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:  # type: ignore[override]
         """Write the processor's files, preprocessor_config.json with the published keys among them."""
@@ -193,18 +193,18 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         """Ids of a text, in which nothing is taken for a special token; the list is shared."""
         return self._encoder.text(text)
 
-    def picture_id_tokens(self, number: int) -> list[int]:
-        """What precedes a conversation's picture of that number, from 0; nothing where pictures are not numbered."""
+    def image_id_tokens(self, number: int) -> list[int]:
+        """What precedes a conversation's image of that number, from 0; nothing where images are not numbered."""
         if not self.image_processor.use_image_id:
             return []
         opening, closing = map(self._encoder.special, IMAGE_ID_ENDS)
         return opening + self._encoder.text(str(number)) + closing
 
-    def picture_tokens(self, layout: PictureLayout, number: int) -> list[int]:
-        """What stands for a picture: its id, its thumbnail, and its cells row by row."""
+    def image_tokens(self, layout: ImageLayout, number: int) -> list[int]:
+        """What stands for an image: its id, its thumbnail, and its cells row by row."""
         columns, rows = layout.grid
         queries = self.image_processor.image_feature_size
-        tokens = self.picture_id_tokens(number) + self._places_between(IMAGE_ENDS, queries)
+        tokens = self.image_id_tokens(number) + self._places_between(IMAGE_ENDS, queries)
         for row in range(rows):
             tokens += self._encoder.text("\n") if row else []
             tokens += self._places_between(SLICE_ENDS, queries) * columns
@@ -273,8 +273,8 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         source, begin = segment.content, len(tokens.ids)
         if segment.kind == "image":
-            layout = self.image_processor.slice_settings.layout(*picture_size(file_of(source)))
-            places = self._extend(tokens, self.picture_tokens(layout, len(tokens.of("image"))))
+            layout = self.image_processor.slice_settings.layout(*image_size(file_of(source)))
+            places = self._extend(tokens, self.image_tokens(layout, len(tokens.of("image"))))
             tokens.media.append(Medium("image", source, layout, begin, len(tokens.ids), places))
         else:
             samples = self.usable_samples(self._heard_length(source, tokens.speed), f"audio {name_of(source)}")
@@ -295,7 +295,7 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         return audio_places(samples, pool=self.audio_pool, bos_eos=self.audio_bos_eos)
 
     def _units(self, medium: Medium) -> int:
-        """Patches of a picture, mel frames of a clip."""
+        """Patches of an image, mel frames of a clip."""
         if medium.kind == "image":
             return medium.size.patches(self.image_processor.patch_size)
         return mel_frames(medium.size)
@@ -321,20 +321,20 @@ class MegrezOProcessor(RecordProcessor, ProcessorMixin):
         return self.feature_extractor.n_samples
 
     def _features(self, medium: Medium, decoded: Any) -> tuple[Tensor, Tensor]:
-        """Of a picture uint8 (P, 3·patch²) and (S, 2); of a clip float32 (F, B) and (1,)."""
+        """Of an image uint8 (P, 3·patch²) and (S, 2); of a clip float32 (F, B) and (1,)."""
         if medium.kind == "image":
             return slices_of(decoded, self.image_processor.slice_settings)
         mel = log_mel(decoded, self.feature_extractor, mel_frames(medium.size))
         return mel, torch.tensor([len(mel)])
 
 
-def _check_settings_match(folder: str | Path, pictures: dict[str, Any], model: dict[str, Any]) -> None:
+def _check_settings_match(folder: str | Path, images: dict[str, Any], model: dict[str, Any]) -> None:
     """CheckpointError where preprocessor_config.json and config.json do not agree."""
     stated = {key: value for key, value in model.items() if value is not None}
     refuse(
         [
             f"'{folder}': {fault}, by config.json; correct preprocessor_config.json"
-            for fault in fixed_faults(pictures, stated)
+            for fault in fixed_faults(images, stated)
         ]
     )
 

@@ -20,7 +20,7 @@ class VisionTower(nn.Module):
     Args:
         hidden_size: D, divisible by `num_attention_heads`.
         patch_size: pixels of a patch's side.
-        image_size: pixels of a side of the picture that the position table was made for.
+        image_size: pixels of a side of the image that the position table was made for.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class PatchProjection(nn.Conv2d):
 
 
 class PatchEmbeddings(nn.Module):
-    """Projected patches plus the learned embedding of their place in the picture.
+    """Projected patches plus the learned embedding of their place in the image.
 
     `side` is the number of rows, and of columns, of the position table.
     """

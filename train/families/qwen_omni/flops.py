@@ -7,8 +7,8 @@ from torch import nn
 
 from train.modules.flops import Flops, parameters_of, passes_of, submodule
 
-PICTURE_PATCHES = 1024
-"""Patches of a usual picture (448×448 pixels), which attend to each other in the layers without windows."""
+IMAGE_PATCHES = 1024
+"""Patches of a usual image (448×448 pixels), which attend to each other in the layers without windows."""
 
 
 def qwen_omni_flops(model: nn.Module, tuned: Collection[str], adapted: Collection[str] = ()) -> Flops:
@@ -26,7 +26,7 @@ def qwen_omni_flops(model: nn.Module, tuned: Collection[str], adapted: Collectio
     merger = parameters_of(submodule(model, "visual.merger")) / vision.spatial_merge_size**2
     window = (vision.window_size // vision.patch_size) ** 2
     whole = len(vision.fullatt_block_indexes)
-    seen = whole * PICTURE_PATCHES + (vision.depth - whole) * window
+    seen = whole * IMAGE_PATCHES + (vision.depth - whole) * window
     # The encoder runs at half the rate of mel frames, the projection at a quarter.
     layers = parameters_of(submodule(model, "audio_tower.layers")) / 2
     convolutions = 3 * audio.d_model * (audio.num_mel_bins + audio.d_model / 2)

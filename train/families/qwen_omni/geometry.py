@@ -1,4 +1,4 @@
-"""Sizes and places of pictures and recordings, by plain arithmetic."""
+"""Sizes and places of images and recordings, by plain arithmetic."""
 
 import math
 from collections.abc import Iterable
@@ -10,15 +10,15 @@ HOP = 160
 """Samples of a mel frame: 10 ms."""
 
 MOST_ASPECT = 200
-"""How many times longer than the other a picture's side may be."""
+"""How many times longer than the other an image's side may be."""
 
 
-def picture_pixels(width: int, height: int, *, multiple: int, least: int, most: int) -> tuple[int, int]:
-    """Width and height to which a picture is scaled: both multiples of `multiple`, with `least` to `most` pixels.
+def image_pixels(width: int, height: int, *, multiple: int, least: int, most: int) -> tuple[int, int]:
+    """Width and height to which an image is scaled: both multiples of `multiple`, with `least` to `most` pixels.
 
     The published `smart_resize`. Raises ValueError where one side is over 200 times as long as the other.
 
-    >>> picture_pixels(300, 200, multiple=28, least=3136, most=12_845_056)
+    >>> image_pixels(300, 200, multiple=28, least=3136, most=12_845_056)
     (308, 196)
     """
     if max(height, width) > MOST_ASPECT * min(height, width):
@@ -49,18 +49,18 @@ def clip_places(frames: int) -> int:
     return (frames + 1) // 2 // 2
 
 
-def positions(tokens: int, pictures: Iterable[tuple[int, int, int]]) -> Tensor:
+def positions(tokens: int, images: Iterable[tuple[int, int, int]]) -> Tensor:
     """Three rows of positions (time, row, column): int64 (3, tokens).
 
-    They advance alike over text and sound. A picture's places hold the first, and span its rows and columns in the
+    They advance alike over text and sound. An image's places hold the first, and span its rows and columns in the
     others; what follows goes on after the largest of them.
 
     Args:
-        pictures: of each the token of its first place, its rows and its columns of places.
+        images: of each the token of its first place, its rows and its columns of places.
     """
     pieces: list[Tensor] = []
     done = position = 0
-    for first, rows, columns in pictures:
+    for first, rows, columns in images:
         pieces.append((position + torch.arange(first - done)).expand(3, -1))
         position += first - done
         of_row, of_column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)

@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni's thinker over flat packs: it reads text, pictures and recordings, and writes text.
+"""Qwen2.5-Omni's thinker over flat packs: it reads text, images and recordings, and writes text.
 
 Parameter names are those of the published checkpoint, whatever transformers calls its own; the parts are transformers'.
 The checkpoint's talker and vocoder are not loaded: an export carries them along.

@@ -1,4 +1,4 @@
-"""The processor of Qwen2.5-Omni: pictures, recordings and text."""
+"""The processor of Qwen2.5-Omni: images, recordings and text."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,10 +14,10 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from train.data.audio import SAMPLE_RATE, log_mel, name_of
 from train.data.chat_template import Segment
 from train.data.encoding import Medium, RecordProcessor, Tokens, load_tokenizer
-from train.data.images import picture_size
+from train.data.images import image_size
 from train.errors import BadRecord, CheckpointError
 from train.families.family import read_json
-from train.families.qwen_omni.geometry import HOP, clip_places, mel_frames, picture_pixels, positions
+from train.families.qwen_omni.geometry import HOP, clip_places, image_pixels, mel_frames, positions
 from train.families.qwen_omni.template import QWEN_OMNI_TEMPLATE
 from train.model_settings import count_faults, fixed_faults, refuse
 from train.schema import file_of
@@ -45,8 +45,8 @@ _HOURS = 24
 
 
 @dataclass(frozen=True)
-class PictureSettings:
-    """How pictures are scaled and cut: patches of `patch_size`² pixels, `merge_size`² of which make one place."""
+class ImageSettings:
+    """How images are scaled and cut: patches of `patch_size`² pixels, `merge_size`² of which make one place."""
 
     patch_size: int = 14
     merge_size: int = 2
@@ -54,7 +54,7 @@ class PictureSettings:
     max_pixels: int = 28 * 28 * 1280
 
     @classmethod
-    def read(cls, stated: dict[str, Any]) -> "PictureSettings":
+    def read(cls, stated: dict[str, Any]) -> "ImageSettings":
         """Of preprocessor_config.json, which newer versions of transformers write with `size`."""
         size = stated.get("size") or {}
         renamed = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
@@ -64,18 +64,18 @@ class PictureSettings:
         return cls(**found)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns of patches of a picture; BadRecord where it is too long and narrow."""
+        """Rows and columns of patches of an image; BadRecord where it is too long and narrow."""
         multiple = self.patch_size * self.merge_size
         try:
-            scaled = picture_pixels(width, height, multiple=multiple, least=self.min_pixels, most=self.max_pixels)
+            scaled = image_pixels(width, height, multiple=multiple, least=self.min_pixels, most=self.max_pixels)
         except ValueError as fault:
             raise BadRecord(f"image: {fault}; cut it into several") from None
         return scaled[1] // self.patch_size, scaled[0] // self.patch_size
 
-    def patches(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        """The picture's patches, uint8 (U, 3·patch²), in blocks of merge×merge; their rows and columns, (1, 2)."""
-        (rows, columns), patch, merge = self.grid(*picture.size), self.patch_size, self.merge_size
-        pixels = np.asarray(picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC))
+    def patches(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """The image's patches, uint8 (U, 3·patch²), in blocks of merge×merge; their rows and columns, (1, 2)."""
+        (rows, columns), patch, merge = self.grid(*image.size), self.patch_size, self.merge_size
+        pixels = np.asarray(image.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC))
         blocks = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
         # (block row, row, y, block column, column, x, channel) -> (block row, block column, row, column, channel, y, x)
         ordered = np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5))
@@ -83,7 +83,7 @@ class PictureSettings:
 
 
 class QwenOmniProcessor(RecordProcessor):
-    """Tokenizer, picture and audio settings of a model folder, and the encoding of records with them.
+    """Tokenizer, image and audio settings of a model folder, and the encoding of records with them.
 
     Args:
         mel_bins: of the model's audio tower.
@@ -97,12 +97,12 @@ class QwenOmniProcessor(RecordProcessor):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        pictures: PictureSettings,
+        images: ImageSettings,
         mel_bins: int = 128,
         system_prompt: str | None = None,
     ):
         self.tokenizer = tokenizer
-        self.pictures = pictures
+        self.images = images
         # Its longest clip only bounds what it pads and cuts to; frames do not depend on it.
         self.feature_extractor = WhisperFeatureExtractor(feature_size=mel_bins, chunk_length=_HOURS * 3600)
         self.system_prompt = system_prompt
@@ -124,13 +124,13 @@ class QwenOmniProcessor(RecordProcessor):
         fixed = _FIXED | {"feature_size": mel_bins}
         fixed |= {name: vision[key] for name, key in of_model.items() if key in vision}
         refuse([f"'{folder}': preprocessor_config.json: {fault}" for fault in fixed_faults(stated, fixed)])
-        return cls(load_tokenizer(folder, **hub), PictureSettings.read(stated), mel_bins)
+        return cls(load_tokenizer(folder, **hub), ImageSettings.read(stated), mel_bins)
 
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         source = segment.content
         if segment.kind == "image":
-            rows, columns = self.pictures.grid(*picture_size(file_of(source)))
-            places = rows * columns // self.pictures.merge_size**2
+            rows, columns = self.images.grid(*image_size(file_of(source)))
+            places = rows * columns // self.images.merge_size**2
             self._add_medium(tokens, segment, (rows, columns), IMAGE, places)
         else:
             samples = self._heard_length(source, tokens.speed)
@@ -140,18 +140,18 @@ class QwenOmniProcessor(RecordProcessor):
             self._add_medium(tokens, segment, samples, AUDIO, places)
 
     def _units(self, medium: Medium) -> int:
-        """Patches of a picture, mel frames of a clip."""
+        """Patches of an image, mel frames of a clip."""
         return medium.size[0] * medium.size[1] if medium.kind == "image" else mel_frames(medium.size)
 
     def _features(self, medium: Medium, decoded: Any) -> tuple[Tensor, Tensor]:
-        """Of a picture uint8 (U, 3·patch²) and (1, 2); of a clip float32 (U, B) and (1,)."""
+        """Of an image uint8 (U, 3·patch²) and (1, 2); of a clip float32 (U, B) and (1,)."""
         if medium.kind == "image":
-            return self.pictures.patches(decoded)
+            return self.images.patches(decoded)
         mel = log_mel(decoded, self.feature_extractor, mel_frames(medium.size))
         return mel, torch.tensor([len(mel)])
 
     def _positions(self, tokens: Tokens) -> Tensor:
         """int64 (3, T): time, row and column."""
-        merge = self.pictures.merge_size
+        merge = self.images.merge_size
         held = [(int(medium.places[0]), *(side // merge for side in medium.size)) for medium in tokens.of("image")]
         return positions(len(tokens.ids), held)

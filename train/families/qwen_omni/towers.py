@@ -1,4 +1,4 @@
-"""The vision and audio towers: transformers' own modules, over flat rows of pictures and clips.
+"""The vision and audio towers: transformers' own modules, over flat rows of images and clips.
 
 transformers' towers loop over windows where no flash kernel is asked for; here a layer attends to all windows in one
 call of our attention, whose segments say where each begins. Letters for shapes are those of `schema`.
@@ -42,7 +42,7 @@ class VisionTower(Tower, Qwen2_5OmniVisionEncoder):  # type: ignore[misc]  # `fo
     """Windowed vision transformer, and the merger of patches into places.
 
     Values are uint8 (U, 3·patch²), raw pixels channel by channel, in the published order: block by block of
-    merge×merge patches. Sizes are (I, 2): height and width of a picture in patches.
+    merge×merge patches. Sizes are (I, 2): height and width of an image in patches.
     """
 
     def __init__(self, config: Any):
@@ -56,24 +56,24 @@ class VisionTower(Tower, Qwen2_5OmniVisionEncoder):  # type: ignore[misc]  # `fo
     def features(self, values: Tensor, sizes: Tensor) -> Tensor:
         """Features of each patch: (U, the tower's width)."""
         merge, device = self.spatial_merge_size, values.device
-        grids = F.pad(sizes, (1, 0), value=1)  # a picture is one frame
+        grids = F.pad(sizes, (1, 0), value=1)  # an image is one frame
         blocks, window_ends = get_vision_window_index(
             grids, spatial_merge_size=merge, window_size=self.window_size, patch_size=self.patch_size
         )
         order = (blocks[:, None] * merge**2 + torch.arange(merge**2)).flatten()
         at = get_vision_position_ids(grids, merge)[order].to(device, non_blocking=True)
         windows = Segments.of_cu_seqlens(window_ends, device)
-        pictures = Segments.of(sizes.prod(dim=1).tolist(), device)
+        images = Segments.of(sizes.prod(dim=1).tolist(), device)
         pixels = normalised(values, cast(int, self.config.temporal_patch_size))
         hidden = self.patch_embed(pixels)[order.to(device, non_blocking=True)]
         turned = self.rotary_pos_emb(hidden, at)
         for number, block in enumerate(self.blocks):
-            segments = pictures if number in self.fullatt_block_indexes else windows
+            segments = images if number in self.fullatt_block_indexes else windows
             hidden = block(hidden, cu_seqlens=_whole(hidden), position_embeddings=turned, segments=segments)
         return hidden[order.argsort().to(device, non_blocking=True)]
 
     def connect(self, features: Tensor, sizes: Tensor) -> Tensor:
-        """Token embeddings of each picture: (U / merge², D)."""
+        """Token embeddings of each image: (U / merge², D)."""
         return self.merger(features)
 
     def encoder_parameters(self) -> Iterable[nn.Parameter]:
@@ -81,7 +81,7 @@ class VisionTower(Tower, Qwen2_5OmniVisionEncoder):  # type: ignore[misc]  # `fo
         return (value for name, value in self.named_parameters() if not name.startswith("merger."))
 
     def dummy(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A black picture of one place."""
+        """A black image of one place."""
         merge = self.spatial_merge_size
         values = torch.zeros(merge**2, 3 * self.patch_size**2, dtype=torch.uint8, device=device)
         return values, torch.tensor([[merge, merge]])

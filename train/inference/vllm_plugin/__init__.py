@@ -1,4 +1,4 @@
-"""vLLM's plugin: it serves model folders of architecture MegrezO, with pictures and recordings.
+"""vLLM's plugin: it serves model folders of architecture MegrezO, with images and recordings.
 
 vLLM finds `register` by the entry point group `vllm.general_plugins`, and calls it in each of its processes.
 """

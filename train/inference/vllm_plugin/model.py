@@ -43,13 +43,13 @@ class ServedMegrezO(nn.Module, SupportsMultiModal):
             )
 
     def embed_multimodal(self, **media: Any) -> tuple[Tensor, ...]:
-        """Token embeddings of the pictures, or of the clips, of several requests: (places, D) for each.
+        """Token embeddings of the images, or of the clips, of several requests: (places, D) for each.
 
-        media: the fields of `MediaProcessor`, pictures or clips end to end.
+        media: the fields of `MediaProcessor`, images or clips end to end.
         """
         if "patches" in media:
             embeddings = self.vision(media["patches"], media["slice_sizes"])
-            places = media["slices_per_picture"] * self.vision.resampler.num_queries
+            places = media["slices_per_image"] * self.vision.resampler.num_queries
         else:
             embeddings = self.audio(media["mel"], media["clip_frames"])
             of_windows = self.audio.audio.places(media["clip_frames"])

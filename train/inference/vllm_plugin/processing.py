@@ -1,4 +1,4 @@
-"""What vLLM asks about pictures and recordings, answered by the model folder's own processor.
+"""What vLLM asks about images and recordings, answered by the model folder's own processor.
 
 vLLM tokenises the rendered chat, in which `PLACEHOLDERS` stand for media, and decodes the media. Here the tokens become
 those that training saw, and the media become patches and log-mel frames.
@@ -29,7 +29,7 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 
 from train.data.audio import SAMPLE_RATE, clip_samples, fit_clip, log_mel, resampled
-from train.data.images import load_picture, to_rgb
+from train.data.images import load_image, to_rgb
 from train.families.megrezo.geometry import HOP, mel_frames
 from train.families.megrezo.processor import AUDIO_ENDS, IMAGE_ENDS, PLACE, MegrezOProcessor
 from train.inference.vllm_plugin import media_io  # noqa: F401  its connector takes effect by being imported
@@ -43,15 +43,15 @@ _PLACEHOLDER = re.compile("|".join(f"(?P<{kind}>{re.escape(text)})" for kind, te
 
 
 class MediaParser(MultiModalDataParser):
-    """Pictures and clips of requests, as `data.images` and `data.audio` read them."""
+    """Images and clips of requests, as `data.images` and `data.audio` read them."""
 
     def __init__(self, processor: MegrezOProcessor, **options: Any):
         super().__init__(**options)
         self._processor = processor
 
     def _parse_image_data(self, data: Any) -> Any:
-        pictures = [data] if isinstance(data, Image.Image | MediaWithBytes | np.ndarray) else data
-        return super()._parse_image_data([_picture(item) for item in pictures] if isinstance(pictures, list) else data)
+        images = [data] if isinstance(data, Image.Image | MediaWithBytes | np.ndarray) else data
+        return super()._parse_image_data([_image(item) for item in images] if isinstance(images, list) else data)
 
     def _get_audio_with_sr(self, audio: Any) -> tuple[np.ndarray, None]:
         """The clip at 16 kHz, and no rate, so that vLLM does not resample it."""
@@ -69,11 +69,11 @@ def _windows(processor: MegrezOProcessor, clip: np.ndarray) -> list[np.ndarray]:
     return [clip[begin:end] for begin, end in pairwise(processor.window_cuts(len(clip), clip))]
 
 
-def _picture(item: Any) -> Any:
-    """A picture as training would see it; vLLM lays transparency on white, and reduces 16 bits, in ways of its own."""
+def _image(item: Any) -> Any:
+    """An image as training would see it; vLLM lays transparency on white, and reduces 16 bits, in ways of its own."""
     if isinstance(item, MediaWithBytes):
         is_converted = item.io_config is not None
-        return replace(item, media=load_picture(item.original_bytes)) if is_converted else item
+        return replace(item, media=load_image(item.original_bytes)) if is_converted else item
     if isinstance(item, np.ndarray):  # (height, width, 3)
         item = Image.fromarray(item)
     return to_rgb(normalize_image(item)) if isinstance(item, Image.Image) else item
@@ -92,7 +92,7 @@ class ProcessingInfo(BaseProcessingInfo):
         return MediaParser(self.get_hf_processor(), expected_hidden_size=self._get_expected_hidden_size())
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """As many pictures and clips as the context takes."""
+        """As many images and clips as the context takes."""
         return dict.fromkeys(PLACEHOLDERS)
 
 
@@ -104,7 +104,7 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
         return "".join(PLACEHOLDERS[kind] * count for kind, count in mm_counts.items())
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]) -> Any:
-        """Pictures of one column of most slices, each on a line of its own, and clips of full length."""
+        """Images of one column of most slices, each on a line of its own, and clips of full length."""
         processor = self.info.get_hf_processor()
         settings = processor.image_processor.slice_settings
         return {
@@ -134,8 +134,8 @@ def _longest_clip(processor: MegrezOProcessor, tokens: int) -> int:
 class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
     """From media to the model's inputs, and from placeholders to tokens.
 
-    One picture is one item with all its slices, one recording with all its windows. Their fields are those of
-    `schema.Batch`, items end to end: `patches` uint8 (P, 3·patch²), `slice_sizes` int64 (S, 2), `slices_per_picture`;
+    One image is one item with all its slices, one recording with all its windows. Their fields are those of
+    `schema.Batch`, items end to end: `patches` uint8 (P, 3·patch²), `slice_sizes` int64 (S, 2), `slices_per_image`;
     `mel` float (F, B), `clip_frames` of each window, `windows_per_clip`.
     """
 
@@ -162,12 +162,12 @@ class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         field = MultiModalFieldConfig
         config = {}
         if "patches" in hf_inputs:
-            slices = hf_inputs["slices_per_picture"]
+            slices = hf_inputs["slices_per_image"]
             patches = hf_inputs["slice_sizes"].prod(dim=1)
-            patches = torch.stack([picture.sum() for picture in patches.split(slices.tolist())])
+            patches = torch.stack([image.sum() for image in patches.split(slices.tolist())])
             config["patches"] = field.flat_from_sizes("image", patches)
             config["slice_sizes"] = field.flat_from_sizes("image", slices, keep_on_cpu=True)
-            config["slices_per_picture"] = field.batched("image", keep_on_cpu=True)
+            config["slices_per_image"] = field.batched("image", keep_on_cpu=True)
         if "mel" in hf_inputs:
             windows = hf_inputs["windows_per_clip"]
             frames = torch.stack([clip.sum() for clip in hf_inputs["clip_frames"].split(windows.tolist())])
@@ -206,9 +206,9 @@ class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         processor = self.info.get_hf_processor(**hf_processor_mm_kwargs)
         settings = processor.image_processor.slice_settings
 
-        def picture(index: int) -> PromptUpdateDetails:
+        def image(index: int) -> PromptUpdateDetails:
             layout = settings.layout(*mm_items.get_items("image", ImageProcessorItems).get_image_size(index))
-            return self._details(processor.picture_tokens(layout, index))
+            return self._details(processor.image_tokens(layout, index))
 
         def clip(index: int) -> PromptUpdateDetails:
             windows = _windows(processor, mm_items.get_items("audio", AudioProcessorItems).get(index))
@@ -217,19 +217,19 @@ class MediaProcessor(BaseMultiModalProcessor[ProcessingInfo]):
 
         return [
             PromptReplacement(kind, processor.tokenizer.convert_tokens_to_ids(list(_ENDS[kind])), replacement)
-            for kind, replacement in (("image", picture), ("audio", clip))
+            for kind, replacement in (("image", image), ("audio", clip))
         ]
 
     def _recompute_cached_prompt_update(
         self, cached_update: ResolvedPromptUpdate, new_item_idx: int
     ) -> ResolvedPromptUpdate:
-        """A picture's tokens, kept from another conversation, with its number in this one."""
+        """An image's tokens, kept from another conversation, with its number in this one."""
         update = super()._recompute_cached_prompt_update(cached_update, new_item_idx)
         if update.modality != "image":
             return update
         processor = self.info.get_hf_processor()
-        unnumbered = update.content.full[len(processor.picture_id_tokens(cached_update.item_idx)) :]
-        return update.with_content(self._details(processor.picture_id_tokens(new_item_idx) + unnumbered))
+        unnumbered = update.content.full[len(processor.image_id_tokens(cached_update.item_idx)) :]
+        return update.with_content(self._details(processor.image_id_tokens(new_item_idx) + unnumbered))
 
     def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
         """The prompt with its media; clips after one that is split are numbered on from its windows."""

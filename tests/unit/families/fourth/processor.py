@@ -8,7 +8,7 @@ from torch import Tensor
 
 from train.data.chat_template import ChatTemplate, RoleForm, Segment, Special
 from train.data.encoding import Medium, Tokens
-from train.data.images import picture_size
+from train.data.images import image_size
 from train.data.text import TextProcessor
 from train.schema import file_of
 
@@ -24,7 +24,7 @@ class FourthProcessor(TextProcessor):
     def _lay_out_medium(self, tokens: Tokens, segment: Segment) -> None:
         begin = len(tokens.ids)
         tokens.extend(self._encoder.special("<|image_pad|>"))
-        size = picture_size(file_of(segment.content))
+        size = image_size(file_of(segment.content))
         tokens.media.append(Medium("image", segment.content, size, begin, begin + 1, np.array([begin])))
 
     def _units(self, medium: Medium) -> int:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.unit.families.gemma4.builders import TINY
 from train.families.gemma4 import GEMMA4
 from train.families.gemma4.config import Gemma4Config
-from train.families.gemma4.flops import PICTURE_PATCHES, gemma4_flops
+from train.families.gemma4.flops import IMAGE_PATCHES, gemma4_flops
 from train.families.gemma4.model import Gemma4ForConditionalGeneration
 from train.modules.trainable import module_of
 
@@ -60,10 +60,10 @@ def test_the_work_of_the_language_model_is_what_torch_counts(e2b) -> None:
 
 def test_the_work_of_the_towers_is_what_torch_counts() -> None:
     tiny = GEMMA4.random_model(TINY, seed=0)
-    pictures, sound = gemma4_flops(tiny, tuned=[]).of(np.array([[0, 1296, 0], [0, 0, 2400]]))
+    images, sound = gemma4_flops(tiny, tuned=[]).of(np.array([[0, 1296, 0], [0, 0, 2400]]))
     pixels, mel = torch.zeros(1296, 432, dtype=torch.uint8), torch.zeros(2400, 128)
-    pictures -= 4 * (PICTURE_PATCHES - 1296) * 96 * 3 * 1296
-    assert pictures == pytest.approx(counted(lambda: tiny.towers["image"](pixels, torch.tensor([[36, 36]]))), rel=0.02)
+    images -= 4 * (IMAGE_PATCHES - 1296) * 96 * 3 * 1296
+    assert images == pytest.approx(counted(lambda: tiny.towers["image"](pixels, torch.tensor([[36, 36]]))), rel=0.02)
     assert sound == pytest.approx(counted(lambda: tiny.towers["audio"](mel, torch.tensor([2400]))), rel=0.05)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Gemma4Processor
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-from tests.unit.families.conversations import MIXED, clip, picture, record, sound
+from tests.unit.families.conversations import MIXED, clip, image, record, sound
 from tests.unit.families.gemma4.builders import TINY, write_model
 from train.commands.options import compose_options
 from train.config import Options
@@ -57,11 +57,11 @@ def alone(kind: str, content: bytes) -> Record:
     return Record((Turn("user", (Part(kind, content),)), Turn("assistant", (Part("text", "x"),))))
 
 
-def test_pictures_of_60_sizes(processor: Ours, stock: Any) -> None:
+def test_images_of_60_sizes(processor: Ours, stock: Any) -> None:
     random = np.random.default_rng(0)
     for seed in range(60):
         width, height = (int(side) for side in np.exp(random.uniform(np.log(20), np.log(700), 2)))
-        media = processor.encode(alone("image", picture(width, height, seed))).media["image"]
+        media = processor.encode(alone("image", image(width, height, seed))).media["image"]
         pixels = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
         expected = stock.image_processor(pixels, return_tensors="pt")
         at, raw = coordinates(*media.sizes[0].tolist(), 3), expected["pixel_values"][0]

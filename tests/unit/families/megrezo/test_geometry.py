@@ -2,46 +2,46 @@ import pytest
 
 from train.data.audio import clip_samples
 from train.families.megrezo.geometry import (
-    PictureLayout,
+    ImageLayout,
     audio_places,
     best_size,
     encoder_frames,
+    image_layout,
     mel_frames,
-    picture_layout,
     pool_factor,
     pooled_frames,
     slice_grid,
 )
 
 
-def layout(width: int, height: int, **settings) -> PictureLayout:
-    return picture_layout(width, height, **({"scale": 448, "patch": 14, "max_slices": 9} | settings))
+def layout(width: int, height: int, **settings) -> ImageLayout:
+    return image_layout(width, height, **({"scale": 448, "patch": 14, "max_slices": 9} | settings))
 
 
 @pytest.mark.parametrize(
     ("size", "expected", "slices", "patches"),
     [
         # The two published anchors.
-        ((1480, 720), PictureLayout((644, 308), (3, 2), (518, 378)), 7, 46 * 22 + 6 * 37 * 27),
-        ((4000, 500), PictureLayout((1260, 154), (8, 1), (448, 448)), 9, 90 * 11 + 8 * 32 * 32),
-        # A small picture is scaled up whole, a tall one is cut into rows.
-        ((112, 112), PictureLayout((448, 448)), 1, 32 * 32),
-        ((448, 448), PictureLayout((448, 448)), 1, 32 * 32),
-        ((1, 1), PictureLayout((448, 448)), 1, 32 * 32),
-        ((500, 900), PictureLayout((336, 602), (1, 2), (476, 420)), 3, 24 * 43 + 2 * 34 * 30),
+        ((1480, 720), ImageLayout((644, 308), (3, 2), (518, 378)), 7, 46 * 22 + 6 * 37 * 27),
+        ((4000, 500), ImageLayout((1260, 154), (8, 1), (448, 448)), 9, 90 * 11 + 8 * 32 * 32),
+        # A small image is scaled up whole, a tall one is cut into rows.
+        ((112, 112), ImageLayout((448, 448)), 1, 32 * 32),
+        ((448, 448), ImageLayout((448, 448)), 1, 32 * 32),
+        ((1, 1), ImageLayout((448, 448)), 1, 32 * 32),
+        ((500, 900), ImageLayout((336, 602), (1, 2), (476, 420)), 3, 24 * 43 + 2 * 34 * 30),
         # Never less than one patch high.
-        ((1_000_000, 1), PictureLayout((14, 14), (6, 1), (166_670, 14)), 7, 1 + 6 * 11_905),
+        ((1_000_000, 1), ImageLayout((14, 14), (6, 1), (166_670, 14)), 7, 1 + 6 * 11_905),
     ],
 )
-def test_picture_layout(size, expected, slices, patches):
+def test_image_layout(size, expected, slices, patches):
     found = layout(*size)
     assert (found, found.slices, found.patches(14)) == (expected, slices, patches)
 
 
 def test_settings_of_the_layout():
-    assert layout(1480, 720, max_slices=1) == PictureLayout((644, 308))
+    assert layout(1480, 720, max_slices=1) == ImageLayout((644, 308))
     assert layout(1480, 720, max_slices=2).grid == (2, 1)
-    assert layout(96, 96, scale=64, patch=8) == PictureLayout((64, 64), (2, 2), (64, 64))
+    assert layout(96, 96, scale=64, patch=8) == ImageLayout((64, 64), (2, 2), (64, 64))
     with pytest.raises(ValueError, match="0x5"):
         layout(0, 5)
 
@@ -62,7 +62,7 @@ def test_slice_grid(size, grid):
     assert slice_grid(*size, scale=448, max_slices=9) == grid
 
 
-def test_best_size_keeps_small_pictures_unless_told():
+def test_best_size_keeps_small_images_unless_told():
     assert best_size(100, 50, 448, 14, upscale=False) == (98, 56)
     assert best_size(100, 50, 448, 14, upscale=True) == (630, 322)
     assert best_size(3, 3, 448, 14, upscale=False) == (14, 14)

@@ -81,9 +81,9 @@ def test_a_sample_changes_no_bit_of_the_others(model, replaced):
 def test_media_stand_at_their_places(model):
     batch = make_batch(mixed_samples(model.config))
     embeddings = model.embed(batch)
-    pictures = model.vision(batch.media["image"].values, batch.media["image"].sizes)
+    images = model.vision(batch.media["image"].values, batch.media["image"].sizes)
     recordings = model.audio(batch.media["audio"].values, batch.media["audio"].sizes)
-    assert torch.equal(embeddings[batch.media["image"].places], pictures)
+    assert torch.equal(embeddings[batch.media["image"].places], images)
     assert torch.equal(embeddings[batch.media["audio"].places], recordings)
     is_text = torch.ones(len(embeddings), dtype=torch.bool)
     is_text[batch.media["image"].places] = is_text[batch.media["audio"].places] = False

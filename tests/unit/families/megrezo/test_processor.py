@@ -212,7 +212,7 @@ class TestTooLong:
                 len(media_of(sample, "image").sizes),
                 len(media_of(sample, "audio").sizes),
             )
-        # The picture is at 27 to 33, "\nAudio 1: " at 34 to 43, the clip at 44 to 49.
+        # The image is at 27 to 33, "\nAudio 1: " at 34 to 43, the clip at 44 to 49.
         assert [cuts[limit] for limit in (26, 27, 28, 33, 34, 44, 45, 49, 50)] == [
             (26, 0, 0), (27, 0, 0), (27, 0, 0), (27, 0, 0), (34, 1, 0),
             (44, 1, 0), (44, 1, 0), (44, 1, 0), (50, 1, 1),
@@ -343,12 +343,12 @@ def test_a_folder_that_does_not_exist(tmp_path):
 
 
 def test_image_processor_alone(processor):
-    picture = Image.new("RGBA", (500, 900))
-    out = processor.image_processor([picture, Image.new("RGB", (100, 100))])
-    assert out["slices_per_picture"].tolist() == [3, 1]
+    image = Image.new("RGBA", (500, 900))
+    out = processor.image_processor([image, Image.new("RGB", (100, 100))])
+    assert out["slices_per_image"].tolist() == [3, 1]
     assert out["patches"].shape == (int(out["slice_sizes"].prod(dim=1).sum()), 588)
     assert out["patches"][0].tolist() == [255] * 588
-    assert processor.image_processor(picture)["slices_per_picture"].tolist() == [3]
+    assert processor.image_processor(image)["slices_per_image"].tolist() == [3]
 
 
 def test_places_follow_the_geometry(processor):

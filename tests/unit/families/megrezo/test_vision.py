@@ -28,10 +28,10 @@ def tower() -> VisionTower:
     return tower.eval()
 
 
-def cut(picture: torch.Tensor) -> torch.Tensor:
+def cut(image: torch.Tensor) -> torch.Tensor:
     """(3, H, W) pixels to flat patches, channel by channel."""
-    _, height, width = picture.shape
-    grid = picture.reshape(3, height // PATCH, PATCH, width // PATCH, PATCH)
+    _, height, width = image.shape
+    grid = image.reshape(3, height // PATCH, PATCH, width // PATCH, PATCH)
     return grid.permute(1, 3, 0, 2, 4).reshape(-1, 3 * PATCH**2)
 
 
@@ -99,14 +99,14 @@ def test_rounding_of_the_step_decides_at_the_edge_of_a_bucket():
     assert doubled.tolist()[5] == 14
 
 
-def test_equals_idefics2_picture_by_picture(tower):
+def test_equals_idefics2_image_by_image(tower):
     config = Idefics2VisionConfig(**SIZES, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
     reference = Idefics2VisionTransformer(config).eval()
     reference.load_state_dict(tower.state_dict())
     sizes = [(3, 5), (11, 7), (1, 22), (5, 3), (32, 2)]
-    pictures = [torch.randint(0, 256, (3, h * PATCH, w * PATCH), dtype=torch.uint8) for h, w in sizes]
-    expected = [reference(((picture.float() - 127.5) / 127.5)[None]).last_hidden_state[0] for picture in pictures]
-    out = tower(torch.cat([cut(picture) for picture in pictures]), torch.tensor(sizes))
+    images = [torch.randint(0, 256, (3, h * PATCH, w * PATCH), dtype=torch.uint8) for h, w in sizes]
+    expected = [reference(((image.float() - 127.5) / 127.5)[None]).last_hidden_state[0] for image in images]
+    out = tower(torch.cat([cut(image) for image in images]), torch.tensor(sizes))
     torch.testing.assert_close(out, torch.cat(expected), atol=1e-4, rtol=1e-4)
 
 

@@ -16,7 +16,7 @@ TINY = ROOT / "data" / "tiny_qwen_omni"
 
 
 def write_model(folder: Path, *, max_pixels: int = 300 * 300) -> Path:
-    """A model folder: all four kinds of weights large enough that a mistake shows, pictures up to `max_pixels`."""
+    """A model folder: all four kinds of weights large enough that a mistake shows, images up to `max_pixels`."""
     model = Qwen2_5OmniForConditionalGeneration(QwenOmniConfig.from_pretrained(TINY))
     randomize(model)
     model.save_pretrained(folder)

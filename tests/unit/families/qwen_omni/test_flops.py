@@ -44,9 +44,9 @@ def test_the_work_of_the_language_model_is_what_torch_counts(model) -> None:
 
 def test_the_work_of_the_towers_is_what_torch_counts() -> None:
     tiny = QWEN_OMNI.random_model(TINY, seed=0)
-    pictures, sound = qwen_omni_flops(tiny, tuned=[]).of(np.array([[0, 1024, 0], [0, 0, 3000]]))
+    images, sound = qwen_omni_flops(tiny, tuned=[]).of(np.array([[0, 1024, 0], [0, 0, 3000]]))
     pixels, mel = torch.zeros(1024, 588, dtype=torch.uint8), torch.zeros(3000, 128)
-    assert pictures == pytest.approx(counted(lambda: tiny.towers["image"](pixels, torch.tensor([[32, 32]]))), rel=0.02)
+    assert images == pytest.approx(counted(lambda: tiny.towers["image"](pixels, torch.tensor([[32, 32]]))), rel=0.02)
     assert sound == pytest.approx(counted(lambda: tiny.towers["audio"](mel, torch.tensor([3000]))), rel=0.02)
 
 

@@ -11,11 +11,11 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5OmniProcessor, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from tests.unit.families.conversations import MIXED, RATE, clip, picture, record, sound
+from tests.unit.families.conversations import MIXED, RATE, clip, image, record, sound
 from tests.unit.families.qwen_omni.builders import TINY, write_model
 from train.errors import BadRecord, CheckpointError
 from train.families.qwen_omni import QWEN_OMNI
-from train.families.qwen_omni.geometry import clip_places, mel_frames, picture_pixels
+from train.families.qwen_omni.geometry import clip_places, image_pixels, mel_frames
 from train.families.qwen_omni.processor import QwenOmniProcessor
 from train.families.qwen_omni.towers import normalised
 from train.schema import Part, Record, Turn
@@ -44,7 +44,7 @@ def stock() -> Qwen2_5OmniProcessor:
 
 
 def stock_features(stock: Qwen2_5OmniProcessor, kind: str, content: Any) -> tuple[np.ndarray, int]:
-    """What transformers' processor makes of a picture or clip, and its places."""
+    """What transformers' processor makes of an image or clip, and its places."""
     if kind == "image":
         out, texts = stock._process_images([content])
         return out["pixel_values"], texts[0].count(stock.image_token)
@@ -57,11 +57,11 @@ def alone(kind: str, content: bytes) -> Record:
     return Record((Turn("user", (Part(kind, content),)), Turn("assistant", (Part("text", "x"),))))
 
 
-def test_pictures_of_200_sizes(processor: QwenOmniProcessor, stock: Any) -> None:
+def test_images_of_200_sizes(processor: QwenOmniProcessor, stock: Any) -> None:
     random = np.random.default_rng(0)
     for seed in range(200):
         width, height = (int(side) for side in np.exp(random.uniform(np.log(6), np.log(700), 2)))
-        encoded = processor.encode(alone("image", picture(width, height, seed)))
+        encoded = processor.encode(alone("image", image(width, height, seed)))
         pixels = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
         expected, places = stock_features(stock, "image", pixels)
         media = encoded.media["image"]
@@ -124,12 +124,12 @@ def test_lengths_are_known_from_headers(processor: QwenOmniProcessor) -> None:
         assert measured.units == {kind: len(media.values) for kind, media in sample.media.items()}
 
 
-def test_sizes_of_pictures_are_those_of_smart_resize() -> None:
+def test_sizes_of_images_are_those_of_smart_resize() -> None:
     random = np.random.default_rng(1)
     for width, height in random.integers(1, 4000, (2000, 2)).tolist():
         if max(width, height) > 200 * min(width, height):
             continue
-        mine = picture_pixels(width, height, multiple=28, least=3136, most=1_003_520)
+        mine = image_pixels(width, height, multiple=28, least=3136, most=1_003_520)
         assert mine[::-1] == smart_resize(height, width, 28, 3136, 1_003_520)
 
 
@@ -172,16 +172,16 @@ def test_settings_that_are_not_implemented_are_refused(changes: dict, said: str,
         QWEN_OMNI.load_processor(folder)
 
 
-def test_pictures_settings_in_their_newer_form(tmp_path: Path) -> None:
+def test_images_settings_in_their_newer_form(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     (folder / "preprocessor_config.json").unlink()
     image = {"size": {"shortest_edge": 3136, "longest_edge": 50_000}, "patch_size": 14, "merge_size": 2}
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": image, "feature_extractor": {}}))
-    pictures = QWEN_OMNI.load_processor(folder).pictures
-    assert (pictures.min_pixels, pictures.max_pixels) == (3136, 50_000)
+    images = QWEN_OMNI.load_processor(folder).images
+    assert (images.min_pixels, images.max_pixels) == (3136, 50_000)
 
 
-def test_positions_after_a_picture_go_on_behind_its_larger_side(processor: QwenOmniProcessor) -> None:
+def test_positions_after_a_image_go_on_behind_its_larger_side(processor: QwenOmniProcessor) -> None:
     sample = processor.encode(record(("user", [("image", (140, 84)), "x"]), ("assistant", ["y"])))
     places = sample.media["image"].places
     assert len(places) == 15
