@@ -48,7 +48,7 @@ def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cat.wav"
 
 
-def test_forms_of_a_image(processor: MegrezOProcessor, image: Path) -> None:
+def test_forms_of_an_image(processor: MegrezOProcessor, image: Path) -> None:
     expected = ask(processor, {"text": "What?", "image": str(image)})
     height, width = media_of(expected, "image").sizes[0].tolist()
     assert height > width  # upright

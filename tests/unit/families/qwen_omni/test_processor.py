@@ -181,7 +181,7 @@ def test_images_settings_in_their_newer_form(tmp_path: Path) -> None:
     assert (images.min_pixels, images.max_pixels) == (3136, 50_000)
 
 
-def test_positions_after_a_image_go_on_behind_its_larger_side(processor: QwenOmniProcessor) -> None:
+def test_positions_after_an_image_go_on_behind_its_larger_side(processor: QwenOmniProcessor) -> None:
     sample = processor.encode(record(("user", [("image", (140, 84)), "x"]), ("assistant", ["y"])))
     places = sample.media["image"].places
     assert len(places) == 15
