@@ -1,4 +1,4 @@
-# make check: what has to pass before each commit, in about six minutes on two cores; sets up the environment where needed.
+# make check: what has to pass before each commit, in about five minutes on two cores; sets up the environment where needed.
 # make test: the same, and the tests that run real processes.
 .PHONY: check format test setup
 VENV ?= .venv

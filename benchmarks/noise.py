@@ -79,7 +79,7 @@ def main() -> None:
     """Print the table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=2, help="runs with each kind of change")
-    parser.add_argument("--epochs", type=int, default=24, help="passes over the 600 phrases")
+    parser.add_argument("--epochs", type=int, default=48, help="passes over the 600 phrases")
     parser.add_argument("--phrases", type=int, default=600, help="held-out phrases of each set, three words each")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     chosen = parser.parse_args()
