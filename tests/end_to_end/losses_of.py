@@ -3,7 +3,7 @@
     losses_of.py FOLDER SETTINGS.json
 
 FOLDER holds what `test_mixes.prepare` wrote. Each line of FOLDER/losses-<ranks>.jsonl is a setting's outcome. A setting
-that takes more than two minutes ends the process with every thread's stack.
+that takes more than two minutes ends the process with every thread's stack; the first may compile operators too.
 """
 
 import faulthandler
@@ -23,6 +23,7 @@ from tests.runs import forget, forget_accelerator  # noqa: E402
 from train.commands.options import compose_options  # noqa: E402
 from train.engine.accelerator import close, world_size  # noqa: E402
 from train.engine.build import Run, build  # noqa: E402
+from train.engine.compile_locks import COMPILATION_S  # noqa: E402
 
 LIMIT_S = 120
 
@@ -33,7 +34,7 @@ def main(folder: Path, settings: list[Setting]) -> None:
     words = (folder / "words.txt").read_text().split("\n")
     out = folder / f"losses-{world_size()}.jsonl"
     for number, setting in enumerate(settings):
-        faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+        faulthandler.dump_traceback_later(LIMIT_S if number else LIMIT_S + COMPILATION_S, exit=True)
         forget_accelerator()
         run = build(*compose_options([*words, *setting.words(), f"run.dir={folder}/run-{world_size()}-{number}"]))
         outcome = {"setting": setting.to_dict(), **losses(run, setting)}
